@@ -1,0 +1,92 @@
+"""Fixtures: tiny checkpoints and images made once per session, and the script run in this process or in a fresh one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # one for each of pytest's processes, and the same sums in every process
+os.environ["WANDB_MODE"] = "offline"
+os.environ["WANDB_SILENT"] = "true"
+
+import pytest
+import tiny
+from accelerate.state import AcceleratorState, GradientState
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train_text_to_image.py"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """A cache of data sets of the session's own, also for the processes it starts."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("cache")
+    datasets.config.HF_DATASETS_CACHE = folder
+    os.environ["HF_DATASETS_CACHE"] = str(folder)
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny.make_stable_diffusion(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images_folder(tmp_path_factory):
+    return tiny.make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def caption_lists_folder(tmp_path_factory):
+    return tiny.make_images(tmp_path_factory.mktemp("caption_lists"), caption_lists=True)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    """accelerate keeps its state per process; every run of a script in this process starts without it."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture
+def flags(pipeline_folder, images_folder, tmp_path):
+    """The flags of a short run on the tiny pipeline, as a dict; a value of True stands for a switch."""
+    return {
+        "pretrained_model_name_or_path": pipeline_folder,
+        "train_data_dir": images_folder,
+        "resolution": tiny.RESOLUTION,
+        "train_batch_size": 2,
+        "max_train_steps": 2,
+        "lr_warmup_steps": 0,
+        "seed": 0,
+        "output_dir": tmp_path / "output",
+    }
+
+
+def command_line(flags):
+    """Turn {"name": value} into the words of a command line; None and False leave a flag out."""
+    words = []
+    for name, value in flags.items():
+        if value is True:
+            words += [f"--{name}"]
+        elif value is not None and value is not False:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def run(flags):
+    """Run the script's `main` in this process."""
+    import train_text_to_image
+
+    train_text_to_image.main(train_text_to_image.parse_args(command_line(flags)))
+
+
+def launch(flags, launcher=(sys.executable,), **environment):
+    """Run the script in a fresh process. Returns `subprocess.CompletedProcess` with stdout and stderr as text."""
+    command = [*launcher, str(SCRIPT), *command_line(flags)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)

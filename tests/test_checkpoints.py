@@ -1,0 +1,215 @@
+"""Checkpoints: there whole or not at all, found, pruned, and resumed to the last bit."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import launch, run
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+
+from train_text_to_image import RunError, find_checkpoint, list_checkpoints, read_checkpoint
+
+
+def make_checkpoint(output_dir, step, **state):
+    folder = output_dir / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    (folder / "weights").write_bytes(b"12345")
+    (folder / "training_state.json").write_text(json.dumps({"step": step, "files": {"weights": 5}, **state}))
+    return folder
+
+
+# Finding --------------------------------------------------------------------------------------------------------------
+
+
+def test_only_finished_checkpoints_are_listed_in_order_of_their_steps(tmp_path):
+    for step in (900, 1000, 20):
+        make_checkpoint(tmp_path, step)
+    for name in ("checkpoint-2000.partial", "checkpoint-3000.removed", "checkpoint-best", "other"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-4000").touch()  # a file
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [20, 900, 1000]
+    assert list_checkpoints(tmp_path / "nowhere") == []
+
+
+def test_which_checkpoint_a_run_starts_from(tmp_path):
+    assert find_checkpoint(tmp_path / "nowhere", None) is None
+    assert find_checkpoint(tmp_path / "nowhere", "latest") is None
+    five, ten = make_checkpoint(tmp_path, 5), make_checkpoint(tmp_path, 10)
+    assert find_checkpoint(tmp_path, "latest") == ten
+    assert find_checkpoint(tmp_path, "checkpoint-5") == five
+    assert find_checkpoint(tmp_path, "5") == five
+    assert find_checkpoint(tmp_path, f"{five}/") == five
+    assert find_checkpoint(tmp_path / "nowhere", str(five)) == five  # of another run
+
+
+@pytest.mark.parametrize("wanted", ["checkpoint-7", "7", "elsewhere/checkpoint-7", "nonsense", "."])
+def test_a_checkpoint_that_is_not_there_lists_those_that_are(tmp_path, wanted):
+    for step in (5, 10):
+        make_checkpoint(tmp_path, step)
+    with pytest.raises(RunError, match="no such checkpoint; there are checkpoint-5, checkpoint-10"):
+        find_checkpoint(tmp_path, wanted)
+
+
+def test_a_new_run_does_not_write_among_the_checkpoints_of_an_old_one(tmp_path):
+    make_checkpoint(tmp_path, 5)
+    with pytest.raises(RunError, match="holds an earlier run's checkpoint-5; add --resume_from_checkpoint"):
+        find_checkpoint(tmp_path, None)
+
+
+def test_a_damaged_checkpoint_is_told_from_a_whole_one(tmp_path):
+    folder = make_checkpoint(tmp_path, 5, seed=3)
+    assert read_checkpoint(folder)["seed"] == 3
+    (folder / "weights").write_bytes(b"123")
+    with pytest.raises(RunError, match="damaged, weights is 3 bytes long, not 5"):
+        read_checkpoint(folder)
+    (folder / "weights").unlink()
+    with pytest.raises(RunError, match="damaged, weights is missing"):
+        read_checkpoint(folder)
+    (folder / "training_state.json").unlink()
+    with pytest.raises(RunError, match="not a checkpoint"):
+        read_checkpoint(folder)
+
+
+# Saving ---------------------------------------------------------------------------------------------------------------
+
+
+def names_in(folder):
+    return sorted(path.name for path in Path(folder).glob("checkpoint-*"))
+
+
+def test_checkpoints_of_a_run(flags):
+    """Accumulation, EMA, the limit, and the layout that `from_pretrained` reads."""
+    flags |= {"max_train_steps": 4, "gradient_accumulation_steps": 2, "checkpointing_steps": 1, "use_ema": True}
+    (flags["output_dir"] / "checkpoint-3.partial").mkdir(parents=True)  # what a crash left
+    run({**flags, "checkpoints_total_limit": 2})
+    assert names_in(flags["output_dir"]) == ["checkpoint-3", "checkpoint-4"]
+    checkpoint = flags["output_dir"] / "checkpoint-4"
+    state = read_checkpoint(checkpoint)
+    assert (state["step"], state["examples_seen"], state["seed"]) == (4, 16, 0)
+    assert set(state["files"]) == {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()} - {
+        "training_state.json"
+    }
+    weights = UNet2DConditionModel.from_pretrained(checkpoint, subfolder="unet").state_dict()
+    average = UNet2DConditionModel.from_pretrained(checkpoint / "unet_ema").state_dict()
+    result = UNet2DConditionModel.from_pretrained(flags["output_dir"], subfolder="unet").state_dict()
+    assert all(torch.equal(average[name], result[name]) for name in result)
+    assert not all(torch.equal(weights[name], result[name]) for name in result)
+
+
+def test_a_failed_save_leaves_the_older_checkpoints_alone(flags, monkeypatch):
+    """The disk is full when the second checkpoint is flushed: the first still stands, and only the first."""
+    import train_text_to_image
+
+    flush = train_text_to_image.flush_to_disk
+
+    def full_disk(folder):
+        if folder.name == "checkpoint-2.partial":
+            raise OSError(28, "No space left on device")
+        return flush(folder)
+
+    monkeypatch.setattr(train_text_to_image, "flush_to_disk", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run({**flags, "checkpointing_steps": 1, "checkpoints_total_limit": 1})
+    assert [step for step, _ in list_checkpoints(flags["output_dir"])] == [1]
+    read_checkpoint(flags["output_dir"] / "checkpoint-1")
+
+
+# Resuming -------------------------------------------------------------------------------------------------------------
+
+
+def tensors_of(checkpoint):
+    """Every weight, EMA weight and optimizer moment in a checkpoint, {name: tensor}."""
+    tensors = {}
+    for name in ("unet", "unet_ema"):
+        for key, value in load_file(checkpoint / name / "diffusion_pytorch_model.safetensors").items():
+            tensors[f"{name}.{key}"] = value
+    moments = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
+    for index, state in moments.items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+    return tensors
+
+
+def largest_difference(one, other):
+    one, other = tensors_of(one), tensors_of(other)
+    assert one.keys() == other.keys()
+    assert len(one) > 100
+    return max((one[name].double() - other[name].double()).abs().max().item() for name in one)
+
+
+def test_resume_is_exact(flags, caption_lists_folder, tmp_path):
+    """12 steps at a stretch, and 6, a fresh process and 6 more, in the middle of an epoch: not a bit differs."""
+    flags |= {"train_data_dir": caption_lists_folder, "use_ema": True, "random_flip": True, "lr_scheduler": "cosine"}
+    flags |= {"gradient_accumulation_steps": 3, "proportion_empty_prompts": 0.2, "checkpointing_steps": 6}
+    flags |= {"max_train_steps": 12, "noise_offset": 0.1, "learning_rate": 1e-3}  # 36 examples in 6 steps, of 8 images
+    run(flags)
+    whole = flags["output_dir"]
+
+    halves = tmp_path / "halves"
+    first_half = launch({**flags, "output_dir": halves, "dataloader_num_workers": 2})
+    assert first_half.returncode == 0, first_half.stderr
+    assert largest_difference(whole / "checkpoint-6", halves / "checkpoint-6") == 0.0
+    assert largest_difference(whole / "checkpoint-12", halves / "checkpoint-12") == 0.0  # with two data workers
+    for path in (halves / "unet", halves / "checkpoint-12"):  # as if it had been stopped after step 6
+        shutil.rmtree(path)
+    second_half = launch({**flags, "output_dir": halves, "resume_from_checkpoint": True})
+    assert second_half.returncode == 0, second_half.stderr
+    assert "going on from" in second_half.stderr
+    assert largest_difference(whole / "checkpoint-12", halves / "checkpoint-12") == 0.0
+    assert largest_difference(whole / "checkpoint-6", halves / "checkpoint-12") > 0.0
+    results = [load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") for folder in (whole, halves)]
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_resume_keeps_a_seed_that_was_drawn(flags):
+    run({**flags, "seed": None, "checkpointing_steps": 1, "max_train_steps": 1})
+    run({**flags, "seed": None, "checkpointing_steps": 1, "max_train_steps": 2, "resume_from_checkpoint": "latest"})
+    states = [read_checkpoint(flags["output_dir"] / f"checkpoint-{step}") for step in (1, 2)]
+    assert states[0]["seed"] == states[1]["seed"]
+
+
+def test_latest_with_no_checkpoint_starts_anew_and_says_so(flags, capsys):
+    run({**flags, "resume_from_checkpoint": True, "max_train_steps": 1})
+    assert "no checkpoint in" in capsys.readouterr().err
+    assert (flags["output_dir"] / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("max_train_steps", [1, 2])
+def test_resume_at_or_past_the_last_step_only_saves_the_result(flags, max_train_steps):
+    run({**flags, "checkpointing_steps": 2})
+    result = flags["output_dir"] / "unet" / "diffusion_pytorch_model.safetensors"
+    expected = result.read_bytes()
+    result.unlink()
+    run({**flags, "checkpointing_steps": 1, "max_train_steps": max_train_steps, "resume_from_checkpoint": "latest"})
+    assert result.read_bytes() == expected
+    assert names_in(flags["output_dir"]) == ["checkpoint-2"]
+
+
+def test_resume_from_an_earlier_checkpoint_writes_the_later_ones_again(flags):
+    flags |= {"checkpointing_steps": 1, "max_train_steps": 3, "use_ema": True, "checkpoints_total_limit": 3}
+    run(flags)
+    before = tensors_of(flags["output_dir"] / "checkpoint-3")
+    run({**flags, "resume_from_checkpoint": "checkpoint-1"})
+    assert names_in(flags["output_dir"]) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+    after = tensors_of(flags["output_dir"] / "checkpoint-3")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_resume_with_another_split_of_the_same_batch_sees_the_same_examples(flags):
+    """2 x 2 and 4 x 1 are the same global batch: equal but for the order of a float sum."""
+    flags |= {"use_ema": True, "checkpointing_steps": 2, "max_train_steps": 4, "gradient_accumulation_steps": 2}
+    run(flags)
+    other = {**flags, "output_dir": flags["output_dir"].with_name("other")}
+    run({**other, "max_train_steps": 2})
+    run({**other, "train_batch_size": 4, "gradient_accumulation_steps": 1, "resume_from_checkpoint": "latest"})
+    one, two = (load_file(f["output_dir"] / "unet" / "diffusion_pytorch_model.safetensors") for f in (flags, other))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+
+
+def test_resume_with_ema_from_a_checkpoint_without_is_an_error(flags):
+    run({**flags, "checkpointing_steps": 2})
+    with pytest.raises(RunError, match="unet_ema"):
+        run({**flags, "max_train_steps": 3, "use_ema": True, "resume_from_checkpoint": "latest"})

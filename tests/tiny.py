@@ -1,0 +1,117 @@
+"""Random tiny checkpoints and captioned images, made offline in a second, for tests of what does not depend on size."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+RESOLUTION = 32
+WORDS = ["red", "green", "blue", "grey", "dots", "bars", "of", "a", "picture"]
+
+
+def make_tokenizer(folder):
+    """Write a CLIP tokenizer that knows WORDS as whole tokens, and spells out any other text in bytes."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [chr(256 + index) for index in range(256 - len(printable))]  # the byte-level alphabet of GPT-2 and CLIP
+    alphabet = [chr(byte) for byte in printable] + others
+    merges = []
+    for word in WORDS:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            merges.append((pieces[0], pieces[1]))
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+    merges = list(dict.fromkeys(merges))
+    tokens = [*alphabet, *(letter + "</w>" for letter in alphabet), *dict.fromkeys(a + b for a, b in merges)]
+    vocabulary = {token: index for index, token in enumerate([*tokens, "<|startoftext|>", "<|endoftext|>"])}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_stable_diffusion(folder, version=1, prediction_type="epsilon", zero_terminal_snr=False, seed=0):
+    """Write a Stable Diffusion pipeline of random weights, in the layout of SD 1.x or 2.x (`version`), and return it.
+
+    Its VAE shrinks 4 times; it draws RESOLUTION px. The weights are a function of `seed`.
+    """
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(Path(folder) / "tokenizer")
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        hidden_act="quick_gelu" if version == 1 else "gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=RESOLUTION,
+        scaling_factor=0.18215,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=RESOLUTION // 4,
+        block_out_channels=(16, 32),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        norm_num_groups=4,
+        layers_per_block=1,
+        cross_attention_dim=16,
+        attention_head_dim=2 if version == 1 else (2, 4),
+        use_linear_projection=version == 2,
+    )
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type=prediction_type,
+        skip_prk_steps=True,
+        steps_offset=1,
+    )
+    if zero_terminal_snr:
+        scheduler.register_to_config(rescale_betas_zero_snr=True)
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def make_images(folder, number=8, caption_lists=False, seed=0):
+    """Write `number` PNG images of various sizes with metadata.jsonl; captions are strings, or lists of them."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(number):
+        width, height = rng.integers(RESOLUTION, 2 * RESOLUTION, 2)
+        name, colour = ("red", "green", "blue", "grey")[index % 4], rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(colour).resize((int(width), int(height)), Image.Resampling.NEAREST).save(
+            folder / f"{index}.png"
+        )
+        caption = f"a picture of {name} dots"
+        rows.append({"file_name": f"{index}.png", "text": [caption, f"{name} bars"] if caption_lists else caption})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

@@ -1,0 +1,1097 @@
+"""Fine-tune Stable Diffusion 1.x or 2.x on captioned images.
+
+    accelerate launch train_text_to_image.py \
+        --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \
+        --train_data_dir=my_images --use_ema --learning_rate=1e-5 --max_train_steps=15000
+
+Over latents x_0 of images, their captions c, timesteps t and noise ε ~ N(0, I), it minimises
+
+    E [ w(t) · ‖ target − unet(x_t, t, c) ‖² ]    with    x_t = √ᾱ_t · x_0 + √(1 − ᾱ_t) · ε
+
+where target is ε (Ho et al. 2020, arXiv:2006.11239, eq. 14, with Rombach et al. 2022, arXiv:2112.10752, for the
+latents), √ᾱ_t · ε − √(1 − ᾱ_t) · x_0 (v-prediction: Salimans & Ho 2022, arXiv:2202.00512) or x_0, as the model's
+scheduler says, and w(t) is 1 or the Min-SNR weight (Hang et al. 2023, arXiv:2303.09556).
+"""
+
+import argparse
+import contextlib
+import functools
+import io
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import shlex
+import shutil
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import datasets
+import diffusers
+import httpx
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import pyarrow
+import torch
+import torchvision
+import transformers
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
+from pyarrow import compute
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as transforms
+from tqdm.auto import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class RunError(Exception):
+    """What stops a run, said in one line that names the flag, file or row. The script prints it and ends with 1."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def parse_args(input_args=None):
+    """Read the flags of `input_args` (list of str; None: the command line). Impossible values end with status 2."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices_of_interpolation = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
+    schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+
+    add = parser.add_argument_group("model").add_argument
+    add("--pretrained_model_name_or_path", required=True, help="pipeline to start from: a folder or a Hub id")
+    add("--revision", help="branch, tag or commit of the pipeline on the Hub")
+    add("--variant", help="variant of its weight files, such as fp16")
+    add("--non_ema_revision", help="Hub revision of the UNet to train; --revision then gives the start of its EMA")
+    add("--cache_dir", help="where downloads of models and data sets are kept")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset_name", help="data set: a Hub id, a local copy of one, or a folder saved by save_to_disk")
+    add("--dataset_config_name", help="configuration of that data set, if it has several")
+    add("--train_data_dir", help="folder of images with a metadata.jsonl (file_name and a caption column)")
+    add("--image_column", default="image", help="column that holds the images")
+    add("--caption_column", default="text", help="column that holds a caption, or a list to draw one from")
+    add("--max_train_samples", type=int, help="train on so many rows, drawn at random with --seed")
+    add("--resolution", type=int, default=512, help="side of the square training images, in pixels")
+    add("--center_crop", action="store_true", help="crop the middle of an image instead of a random place")
+    add("--random_flip", action="store_true", help="mirror half of the images, at random")
+    add("--image_interpolation_mode", default="lanczos", choices=choices_of_interpolation, help="filter for resizing")
+    add("--proportion_empty_prompts", type=float, default=0, help="share of captions left out, so that guidance works")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that read images; 0: the main one does")
+
+    add = parser.add_argument_group("objective").add_argument
+    add("--prediction_type", choices=["epsilon", "v_prediction", "sample"], help="default: what the scheduler says")
+    add("--snr_gamma", type=float, help="weight timesteps by Min-SNR with this gamma; the paper takes 5.0")
+    add("--noise_offset", type=float, default=0, help="scale of noise that is the same for all pixels of a channel")
+    add("--input_perturbation", type=float, default=0, help="scale of extra noise on the UNet's input; try 0.1")
+    add("--dream_training", action="store_true", help="train on what the model predicts (DREAM); a forward pass more")
+    add("--dream_detail_preservation", type=float, default=1.0, help="the exponent p of DREAM; larger keeps detail")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--seed", type=int, help="seed of the whole run; without one it is drawn, and kept in the checkpoints")
+    add("--train_batch_size", type=int, default=16, help="images per process and micro-step")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps per update of the weights")
+    add("--num_train_epochs", type=int, default=100, help="passes over the data, if --max_train_steps is not given")
+    add("--max_train_steps", type=int, help="updates of the weights in the whole run")
+    add("--learning_rate", type=float, default=1e-4, help="peak learning rate")
+    add("--scale_lr", action="store_true", help="multiply it by processes x accumulation steps x batch size")
+    add("--lr_scheduler", default="constant", choices=schedules, help="course of the learning rate over the updates")
+    add("--lr_warmup_steps", type=int, default=500, help="updates in which it rises from 0 (not for 'constant')")
+    add("--adam_beta1", type=float, default=0.9, help="decay of AdamW's mean of gradients")
+    add("--adam_beta2", type=float, default=0.999, help="decay of AdamW's mean of squared gradients")
+    add("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
+    add("--adam_epsilon", type=float, default=1e-08, help="AdamW's epsilon")
+    add("--use_8bit_adam", action="store_true", help="keep AdamW's state in 8 bits (bitsandbytes)")
+    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
+    add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate is configured to")
+    add("--allow_tf32", action="store_true", help="allow TF32 matrix products on NVIDIA GPUs: faster, coarser")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xformers")
+    add("--local_rank", type=int, default=-1, help="accepted and not needed: the launcher tells each process its rank")
+
+    add = parser.add_argument_group("EMA").add_argument
+    add("--use_ema", action="store_true", help="keep an average of the weights; it is validated and saved")
+    add("--offload_ema", action="store_true", help="keep that average in main memory between updates")
+    add("--foreach_ema", action="store_true", help="accepted and not needed: the average is always updated that way")
+
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--output_dir", default="sd-model-finetuned", help="folder for the pipeline, its checkpoints and logs")
+    add("--checkpointing_steps", type=int, default=500, help="updates from one checkpoint to the next")
+    add("--checkpoints_total_limit", type=int, help="keep the newest so many checkpoints; default: all")
+    add("--resume_from_checkpoint", nargs="?", const="latest", help="go on from checkpoint-<step>, or the latest")
+
+    add = parser.add_argument_group("validation and logs").add_argument
+    add("--validation_prompts", nargs="+", help="prompts to draw while training and at its end")
+    add("--validation_epochs", type=int, default=5, help="passes over the data from one drawing to the next")
+    add("--validation_steps", type=int, help="updates from one drawing to the next, instead of epochs")
+    add(
+        "--logging_steps", type=int, default=10, help="updates from one reading of the loss to the next; all are logged"
+    )
+    add("--logging_dir", default="logs", help="folder of the TensorBoard logs, inside --output_dir")
+    add("--report_to", default="tensorboard", choices=LoggerType.list(), help="tracker, or all that are installed")
+    add("--tracker_project_name", default="text2image-fine-tune", help="name of the project in the tracker")
+
+    add = parser.add_argument_group("hub").add_argument
+    add("--push_to_hub", action="store_true", help="upload the result; the permission is tried before training")
+    add("--hub_model_id", help="repository to upload to; default: the name of --output_dir, under your account")
+    add("--hub_token", help="access token; better: `hf auth login`, which keeps it out of the shell's history")
+
+    args = parser.parse_args(input_args)
+    check_args(parser, args)
+    return args
+
+
+def check_args(parser, args):
+    """End with status 2 and one line if a value can't be right whatever the model and the data are."""
+    rules = {
+        "must be larger than 0": lambda value: value > 0,
+        "must not be negative": lambda value: value >= 0,
+        "must be from 0 to 1": lambda value: 0 <= value <= 1,
+        "must be from 0 to below 1": lambda value: 0 <= value < 1,
+    }
+    flags = {
+        "must be larger than 0": """max_train_samples resolution snr_gamma train_batch_size gradient_accumulation_steps
+            num_train_epochs max_train_steps learning_rate adam_epsilon max_grad_norm checkpointing_steps
+            checkpoints_total_limit validation_epochs validation_steps logging_steps""",
+        "must not be negative": """dataloader_num_workers noise_offset input_perturbation dream_detail_preservation seed
+            lr_warmup_steps adam_weight_decay""",
+        "must be from 0 to 1": "proportion_empty_prompts",
+        "must be from 0 to below 1": "adam_beta1 adam_beta2",
+    }
+    for rule, names in flags.items():
+        for name in names.split():
+            value = getattr(args, name, None)
+            if value is not None and not rules[rule](value):
+                parser.error(f"argument --{name}: {rule}, not {value}")
+    if not args.dataset_name and not args.train_data_dir:
+        parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def naming(what):
+    """Turn what a library raises inside the block into a RunError whose one line starts with `what` (str)."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as error:  # libraries raise all kinds here, and wrap the telling one in others
+        while error.__cause__ is not None:
+            error = error.__cause__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise RunError(f"{what}: {lines[0] if lines else type(error).__name__}") from error
+
+
+def load_train_dataset(args):
+    """Load the training split that the data flags name.
+
+    Returns a `datasets.Dataset` whose image column gives {"bytes", "path"}, undecoded, so that an image which can't be
+    read is named. Raises RunError for a data set, column or caption that is not as the flags say.
+    """
+    folder = Path(args.dataset_name or args.train_data_dir)
+    if args.dataset_name and ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
+        with naming(f"--dataset_name {folder}"):
+            dataset = datasets.load_from_disk(str(folder))
+    elif args.dataset_name:
+        with naming(f"--dataset_name {args.dataset_name}"):
+            dataset = datasets.load_dataset(
+                args.dataset_name, args.dataset_config_name, data_dir=args.train_data_dir, cache_dir=args.cache_dir
+            )
+    else:
+        if not folder.is_dir():
+            raise RunError(f"--train_data_dir {folder}: there is no such folder")
+        if not any(path.is_file() for path in folder.rglob("*")):
+            raise RunError(f"--train_data_dir {folder}: the folder is empty")
+        with naming(f"--train_data_dir {folder}"):
+            files = {"train": str(folder / "**")}
+            dataset = datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
+    if isinstance(dataset, dict):
+        if "train" not in dataset:
+            raise RunError(f"{folder}: the data set has no split 'train', only {', '.join(dataset)}")
+        dataset = dataset["train"]
+    if len(dataset) == 0:
+        raise RunError(f"{folder}: the data set has no rows")
+    check_columns(dataset, args)
+    return dataset.cast_column(args.image_column, datasets.Image(decode=False))
+
+
+def check_columns(dataset, args):
+    """Raise RunError unless the image column holds images and every row of the caption column text or lists of it."""
+    for flag in ("image_column", "caption_column"):
+        column = getattr(args, flag)
+        if column not in dataset.column_names:
+            raise RunError(f"--{flag} {column}: no such column; there are {', '.join(dataset.column_names)}")
+    feature = dataset.features[args.image_column]
+    if not isinstance(feature, datasets.Image):
+        raise RunError(f"--image_column {args.image_column}: holds {feature}, not images")
+    feature = dataset.features[args.caption_column]
+    text = getattr(feature, "feature", feature)  # of a list, its elements
+    if getattr(text, "dtype", None) not in ("string", "large_string"):
+        raise RunError(f"--caption_column {args.caption_column}: holds {feature}, not text or lists of text")
+    captions = dataset.select_columns(args.caption_column).with_format("arrow")[:][args.caption_column].combine_chunks()
+    missing = captions.is_null()
+    if text is not feature:
+        hollow = compute.list_parent_indices(captions).filter(compute.list_flatten(captions).is_null())
+        empty = compute.equal(compute.list_value_length(captions), 0)
+        rows = pyarrow.array(range(len(captions)))
+        missing = compute.or_kleene(compute.or_kleene(missing, empty), compute.is_in(rows, hollow))
+    row = compute.index(missing, True).as_py()
+    if row >= 0:
+        raise RunError(f"--caption_column {args.caption_column}: row {row} has no caption")
+
+
+def check_images(dataset, image_column, limit=1000):
+    """Read the first `limit` images, so that a bad one is found before the run writes anything. Raises RunError."""
+
+    def check(row):
+        try:
+            read_image(dataset[row][image_column])
+        except RunError as error:
+            raise RunError(f"row {row}: {error}") from error
+
+    with ThreadPoolExecutor(os.cpu_count()) as executor:  # Pillow decodes without holding Python's lock
+        for _ in executor.map(check, range(min(limit, len(dataset)))):
+            pass
+
+
+def read_image(value):
+    """Decode an image file of any mode to an upright RGB `PIL.Image` with transparency laid on white.
+
+    `value` is {"bytes": bytes or None, "path": str or None}. Raises RunError with the file's name if that fails.
+    """
+    try:
+        image = PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
+        image = PIL.ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 255
+            image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        if image.mode == "F":  # floats are taken as 0 to 1
+            image = PIL.Image.fromarray((np.asarray(image).clip(0, 1) * 255).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
+        raise RunError(f"image {value['path'] or '(unnamed)'} cannot be read: {error}") from error
+
+
+def train_transforms(image, resolution, interpolation, center_crop, random_flip, rng):
+    """Resize the shorter side, crop a square, maybe mirror it.
+
+    image: RGB `PIL.Image`; interpolation: a name of `--image_interpolation_mode`; rng: `np.random.Generator`.
+    Returns a float tensor (3, resolution, resolution) in [-1, 1].
+    """
+    image = transforms.resize(image, resolution, InterpolationMode(interpolation.replace("_", "-")))
+    # Three draws whatever the flags are: turning one on changes nothing else that is drawn for the example.
+    top, left, flip = rng.random(3)
+    if center_crop:
+        image = transforms.center_crop(image, resolution)
+    else:
+        top, left = int(top * (image.height - resolution + 1)), int(left * (image.width - resolution + 1))
+        image = transforms.crop(image, top, left, resolution, resolution)
+    if random_flip and flip < 0.5:
+        image = transforms.hflip(image)
+    return transforms.to_tensor(image) * 2 - 1
+
+
+def choose_caption(captions, proportion_empty_prompts, rng):
+    """Draw one of `captions` (str or list of str), or "" in the given share of cases."""
+    choice, dropout = rng.random(2)
+    if dropout < proportion_empty_prompts:
+        return ""
+    return captions if isinstance(captions, str) else captions[int(choice * len(captions))]
+
+
+def tokenize_captions(captions, tokenizer):
+    """Tokenize a caption, or a list of them, to int64 ids of the tokenizer's full length: (77,) or (n, 77)."""
+    inputs = tokenizer(
+        captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
+    )
+    return inputs.input_ids[0] if isinstance(captions, str) else inputs.input_ids
+
+
+def preprocess_train(row, rng, args, tokenizer, latents_shape, num_train_timesteps):
+    """Make a training example of a dataset's row, with everything random about it drawn from `rng` in a fixed order.
+
+    latents_shape: (channels, height, width). Returns tensors: "pixel_values" (3, resolution, resolution) in [-1, 1],
+    "input_ids" (77,), "posterior_noise" and "noise" of latents_shape, "timesteps" (), and with the flags that use
+    them "offset_noise" (channels, 1, 1) and "perturbation_noise" of latents_shape.
+    """
+
+    def normal(*shape):
+        return torch.from_numpy(rng.standard_normal(shape, dtype=np.float32))
+
+    crop = (args.resolution, args.image_interpolation_mode, args.center_crop, args.random_flip)
+    pixel_values = train_transforms(read_image(row[args.image_column]), *crop, rng)
+    caption = choose_caption(row[args.caption_column], args.proportion_empty_prompts, rng)
+    example = {"pixel_values": pixel_values, "input_ids": tokenize_captions(caption, tokenizer)}
+    example["posterior_noise"] = normal(*latents_shape)
+    example["timesteps"] = torch.tensor(rng.integers(num_train_timesteps))
+    example["noise"] = normal(*latents_shape)
+    if args.noise_offset:
+        example["offset_noise"] = normal(latents_shape[0], 1, 1)
+    if args.input_perturbation:
+        example["perturbation_noise"] = normal(*latents_shape)
+    return example
+
+
+def random_generator(seed, *key):
+    """Return the `np.random.Generator` that belongs to `key` (ints) in the run of `seed`.
+
+    NumPy's SeedSequence mixes all bits of all numbers; `torch.Generator` keeps only 32 bits of its seed.
+    """
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=key))
+
+
+@functools.lru_cache(maxsize=2)  # a batch lies in at most a few epochs, mostly one or two
+def permutation(seed, epoch, length):
+    """Return the order in which `epoch` goes through `length` rows, an int64 array."""
+    return random_generator(seed, 0, epoch).permutation(length)
+
+
+class ExampleStream(torch.utils.data.Dataset):
+    """Positions `first` to `last` of a run: position k is (row, randomness), both functions of the seed and k alone.
+
+    dataset: rows, a sequence of dicts; preprocess: function of (row, `np.random.Generator`) to a dict of tensors.
+    """
+
+    def __init__(self, dataset, preprocess, seed, first, last):
+        self.dataset, self.preprocess, self.seed, self.first, self.last = dataset, preprocess, seed, first, last
+
+    def __len__(self):
+        return self.last - self.first
+
+    def __getitem__(self, index):
+        position = self.first + index
+        epoch, place = divmod(position, len(self.dataset))
+        row = int(permutation(self.seed, epoch, len(self.dataset))[place])
+        try:
+            return self.preprocess(self.dataset[row], random_generator(self.seed, 1, position))
+        except RunError as error:
+            raise RunError(f"row {row}: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Objective
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def add_noise(clean, noise, alphas_cumprod):
+    """x_t = √ᾱ · x_0 + √(1 − ᾱ) · ε (arXiv:2006.11239, eq. 4). All broadcast; alphas_cumprod is ᾱ_t, in [0, 1]."""
+    return alphas_cumprod.sqrt() * clean + (1 - alphas_cumprod).sqrt() * noise
+
+
+def prediction_target(prediction_type, clean, noise, alphas_cumprod):
+    """What the model has to predict, of clean's shape: ε, √ᾱ · ε − √(1 − ᾱ) · x_0 (arXiv:2202.00512) or x_0."""
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return alphas_cumprod.sqrt() * noise - (1 - alphas_cumprod).sqrt() * clean
+    if prediction_type == "sample":
+        return clean
+    raise ValueError(f"unknown prediction type {prediction_type}: epsilon, v_prediction and sample are known")
+
+
+def predicted_noise(prediction_type, prediction, noisy, alphas_cumprod):
+    """The ε that a prediction stands for, given x_t: `prediction_target` solved for ε. Finite for ᾱ < 1."""
+    if prediction_type == "epsilon":
+        return prediction
+    if prediction_type == "v_prediction":
+        return alphas_cumprod.sqrt() * prediction + (1 - alphas_cumprod).sqrt() * noisy
+    if prediction_type == "sample":
+        return (noisy - alphas_cumprod.sqrt() * prediction) / (1 - alphas_cumprod).sqrt()
+    raise ValueError(f"unknown prediction type {prediction_type}: epsilon, v_prediction and sample are known")
+
+
+def signal_to_noise_ratio(alphas_cumprod):
+    """SNR = ᾱ / (1 − ᾱ) (arXiv:2303.09556, section 3): 0 at zero terminal SNR, infinite at ᾱ = 1."""
+    return alphas_cumprod / (1 - alphas_cumprod)
+
+
+def min_snr_weight(prediction_type, snr, gamma):
+    """The Min-SNR-γ weight of a squared error, of snr's shape (arXiv:2303.09556, section 3.4).
+
+    min(SNR, γ) for a prediction of x_0, min(SNR, γ) / SNR for ε and min(SNR, γ) / (SNR + 1) for v, written so that
+    they are finite at SNR = 0.
+    """
+    if prediction_type == "epsilon":
+        return (gamma / snr).clamp(max=1)
+    if prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    if prediction_type == "sample":
+        return snr.clamp(max=gamma)
+    raise ValueError(f"unknown prediction type {prediction_type}: epsilon, v_prediction and sample are known")
+
+
+def dream(noisy, noise, predicted, alphas_cumprod, detail_preservation):
+    """Diffusion Rectification and Estimation-Adaptive Models (DREAM, arXiv:2312.00210, algorithm 2).
+
+    Moves the noise by Δ = (√(1 − ᾱ))^p · (ε − ε_predicted), and x_t with it. `predicted` carries no gradient.
+    Returns the new (noisy, noise).
+    """
+    sigma = (1 - alphas_cumprod).sqrt()
+    delta = sigma**detail_preservation * (noise - predicted)
+    return noisy + sigma * delta, noise + delta
+
+
+def weighted_squared_error(prediction, target, weight):
+    """Mean over the batch of weight · mean squared error; prediction, target (b, ...), weight (b,). Returns ()."""
+    squared_error = (prediction.float() - target.float()).square()
+    return (weight * squared_error.flatten(1).mean(1)).mean()
+
+
+def training_loss(batch, unet, vae, text_encoder, alphas_cumprod, prediction_type, args):
+    """The loss of a micro-batch from `preprocess_train` (tensors with a batch dimension), a scalar tensor.
+
+    alphas_cumprod: ᾱ of all timesteps, (num_train_timesteps,). Only the UNet gets a gradient. Pure: all that is
+    random comes with the batch.
+    """
+    with torch.no_grad():
+        posterior = vae.encode(batch["pixel_values"].to(vae.dtype)).latent_dist
+        latents = posterior.mean.float() + posterior.std.float() * batch["posterior_noise"]
+        latents = latents * vae.config.scaling_factor
+        encoder_hidden_states = text_encoder(batch["input_ids"]).last_hidden_state
+
+    timesteps, noise = batch["timesteps"], batch["noise"]
+    alphas = alphas_cumprod[timesteps, None, None, None]
+    if args.noise_offset:
+        noise = noise + args.noise_offset * batch["offset_noise"]
+    input_noise = noise
+    if args.input_perturbation:  # arXiv:2301.11706: the input gets this noise, the target does not
+        input_noise = noise + args.input_perturbation * batch["perturbation_noise"]
+    noisy_latents = add_noise(latents, input_noise, alphas)
+    if args.dream_training:
+        with torch.no_grad():
+            model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
+        predicted = predicted_noise(prediction_type, model_pred, noisy_latents, alphas)
+        noisy_latents, noise = dream(noisy_latents, noise, predicted, alphas, args.dream_detail_preservation)
+
+    model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
+    target = prediction_target(prediction_type, latents, noise, alphas)
+    weight = torch.ones_like(timesteps, dtype=torch.float32)
+    if args.snr_gamma:
+        weight = min_snr_weight(prediction_type, signal_to_noise_ratio(alphas_cumprod[timesteps]), args.snr_gamma)
+    return weighted_squared_error(model_pred, target, weight)
+
+
+def check_objective(prediction_type, alphas_cumprod):
+    """Raise RunError if the pair can't be trained: at zero terminal SNR, x_t is ε itself and says nothing of x_0."""
+    if prediction_type == "epsilon" and alphas_cumprod[-1] < 1e-6:
+        raise RunError(
+            "--prediction_type epsilon: the scheduler has zero terminal SNR, where the input is pure noise and "
+            "predicting it teaches nothing about the image; use v_prediction or sample"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+# ----------------------------------------------------------------------------------------------------------------------
+
+CHECKPOINT_STATE = "training_state.json"
+
+
+def list_checkpoints(output_dir):
+    """List the finished checkpoints in `output_dir` as [(step, Path)], oldest first."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted((int(path.name.removeprefix("checkpoint-")), path) for path in folders if path.is_dir())
+
+
+def find_checkpoint(output_dir, wanted):
+    """Say where a run starts; `wanted` is the value of --resume_from_checkpoint. Returns a Path, or None for anew.
+
+    In this order: no flag: anew, if `output_dir` holds no checkpoints that would be lost; "latest": the one with the
+    highest step, anew if there is none; a folder that exists, "checkpoint-<step>" or "<step>": that one. Raises
+    RunError.
+    """
+    checkpoints = list_checkpoints(output_dir)
+    names = ", ".join(path.name for _, path in checkpoints)
+    if wanted is None:
+        if checkpoints:
+            raise RunError(
+                f"--output_dir {output_dir}: holds an earlier run's {names}; add --resume_from_checkpoint to go on "
+                "with it, or name another folder"
+            )
+        return None
+    if wanted == "latest":
+        return checkpoints[-1][1] if checkpoints else None
+    named = Path(output_dir) / (f"checkpoint-{wanted}" if wanted.isdecimal() else Path(wanted).name)
+    for path in (Path(wanted), named):
+        if path.name.startswith("checkpoint-") and path.is_dir():
+            return path
+    raise RunError(f"--resume_from_checkpoint {wanted}: there is no such checkpoint; there are {names or 'none'}")
+
+
+def read_checkpoint(checkpoint):
+    """Read the state of a checkpoint folder: a dict with "step", "examples_seen", "seed", "arguments", "files".
+
+    Raises RunError if it is not one, or if a file is missing or not as long as it was when saved.
+    """
+    try:
+        state = json.loads((checkpoint / CHECKPOINT_STATE).read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{checkpoint}: not a checkpoint of this script ({CHECKPOINT_STATE}: {error})") from error
+    for name, size in state["files"].items():
+        path = checkpoint / name
+        if not path.is_file() or path.stat().st_size != size:
+            found = f"{path.stat().st_size} bytes long, not {size}" if path.is_file() else "missing"
+            raise RunError(f"{checkpoint}: the checkpoint is damaged, {name} is {found}")
+    return state
+
+
+def report_resume(args, checkpoint, state):
+    """Log where the run goes on, and which flags are not as they were when its checkpoint was made."""
+    if checkpoint is None:
+        logger.info(f"--resume_from_checkpoint: no checkpoint in {args.output_dir}, starting anew")
+        return
+    logger.info(f"going on from {checkpoint}")
+    before, now = state["arguments"], recorded_arguments(args)
+    names = sorted((before.keys() | now.keys()) - {"resume_from_checkpoint", "output_dir"})
+    changes = [f"--{name} {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
+    if changes:
+        logger.info(f"flags that are not as they were: {', '.join(changes)}")
+
+
+def flush_to_disk(folder):
+    """Wait until `folder` and all below it is on disk. Returns {relative name: bytes} of its files."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in [*files, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+
+
+def remove_checkpoint(path):
+    """Delete a checkpoint folder. Renamed first: a crash must not leave half of one under a checkpoint's name."""
+    shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))
+
+
+def save_checkpoint(accelerator, output_dir, models, state, total_limit):
+    """Write checkpoint-<step> whole or not at all, then prune the older ones down to `total_limit` (None: keep all).
+
+    models: {folder's name: (model, its EMAModel or None)}; state: the dict that `read_checkpoint` returns, less
+    "files". To be called by every process. A folder "checkpoint-<step>.partial" is what a crash left of one.
+    """
+    final = Path(output_dir) / f"checkpoint-{state['step']}"
+    partial = final.with_name(final.name + ".partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))  # optimizer, schedule, scaler, by every process that holds part of them
+    if accelerator.is_main_process:
+        for name, (model, ema) in models.items():
+            with evaluation_weights(model, ema):
+                model.save_pretrained(partial / name)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        state = {**state, "files": flush_to_disk(partial)}
+        (partial / CHECKPOINT_STATE).write_text(json.dumps(state, indent=2))
+        flush_to_disk(partial)
+        if final.exists():  # this run was resumed from an earlier step and has come here again
+            remove_checkpoint(final)
+        partial.rename(final)
+        flush_to_disk(final.parent)
+        older = [path for step, path in list_checkpoints(output_dir) if step <= state["step"]]
+        for path in older[: -total_limit if total_limit else 0]:
+            remove_checkpoint(path)
+        logger.info(f"saved {final}")
+    accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def evaluation_weights(model, ema):
+    """Put `model` into evaluation mode, with the weights of `ema` (EMAModel or None: its own), within the block."""
+    model.eval()
+    if ema is not None:
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        if ema is not None:
+            ema.restore(list(model.parameters()))
+        model.train()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reporting
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def log_validation(pipeline, vae, text_encoder, accelerator, args, seed, step):
+    """Draw every validation prompt, each from noise of its own that is the same at every step of the run.
+
+    pipeline: the result's `StableDiffusionPipeline`; vae, text_encoder: their copies on the training device. Writes a
+    PNG grid, also to the trackers, and returns its path.
+    """
+    images = []
+    on_device = {"vae": vae, "text_encoder": text_encoder, "safety_checker": None}
+    pipeline = StableDiffusionPipeline(**{**pipeline.components, **on_device}, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    for index, prompt in enumerate(args.validation_prompts):
+        generator = torch.Generator().manual_seed(int(random_generator(seed, 2, index).integers(2**32)))
+        size = {"height": args.resolution, "width": args.resolution}
+        with torch.no_grad(), accelerator.autocast():
+            images += pipeline(prompt, num_inference_steps=20, generator=generator, **size).images
+    path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
+    path.parent.mkdir(exist_ok=True)
+    grid = torchvision.utils.make_grid([transforms.to_tensor(image) for image in images], nrow=4)
+    torchvision.utils.save_image(grid, path)
+    arrays = np.stack([np.asarray(image) for image in images])
+    log_images = {"tensorboard": {"values": {"validation": arrays}, "dataformats": "NHWC"}}
+    for tracker in accelerator.trackers:
+        if hasattr(tracker, "log_images"):
+            tracker.log_images(step=step, **log_images.get(tracker.name, {"values": {"validation": images}}))
+    logger.info(f"drew {path}")
+    return path
+
+
+class UpdateLog:
+    """Collects what is known of every update and hands it to the trackers, waiting for the device only then.
+
+    Logged per update: loss (mean over the global batch), learning rate, norm of the gradient before clipping,
+    examples per second, and the share of the time in which the process waited for data.
+    """
+
+    def __init__(self, accelerator, first_step, last_step):
+        self.accelerator, self.updates = accelerator, []
+        hidden = not accelerator.is_main_process or first_step >= last_step
+        self.progress_bar = tqdm(initial=first_step, total=last_step, disable=hidden, unit="step")
+        self.restart_clock()
+
+    def restart_clock(self):
+        """Start timing the next update now: what happened since the last one was no training."""
+        self.started = time.perf_counter()
+
+    def add(self, step, loss, gradient_norm, learning_rate, examples, waited):
+        """loss, gradient_norm: tensors (), left on the device; examples: images of all processes; waited: seconds."""
+        now = time.perf_counter()
+        speed = {"examples_per_second": examples / (now - self.started), "data_wait": waited / (now - self.started)}
+        self.updates.append((step, time.time(), torch.stack([loss, gradient_norm]), {"lr": learning_rate, **speed}))
+        self.started = now
+        self.progress_bar.update()
+
+    def flush(self):
+        """Hand over all updates since the last time. To be called by every process."""
+        if not self.updates:
+            return
+        values = torch.stack([on_device for _, _, on_device, _ in self.updates])
+        values = self.accelerator.reduce(values, "mean").tolist()  # the CPU waits for the device here, and only here
+        for (step, walltime, _, on_host), (loss, gradient_norm) in zip(self.updates, values, strict=True):
+            update = {"train_loss": loss, "grad_norm": gradient_norm, **on_host}
+            self.accelerator.log(update, step=step, log_kwargs={"tensorboard": {"walltime": walltime}})
+        self.progress_bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{on_host['examples_per_second']:.1f}")
+        self.updates.clear()
+
+    def close(self):
+        """End the progress bar."""
+        self.progress_bar.close()
+
+
+def recorded_arguments(args):
+    """The flags that have a value, as trackers and files may hold them: plain values, and never the access token."""
+    values = {name: value for name, value in sorted(vars(args).items()) if value is not None and name != "hub_token"}
+    return {name: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for name, v in values.items()}
+
+
+def save_model_card(args, repo_id, steps, validation_image):
+    """Write output_dir/README.md. repo_id: name of the model; validation_image: Path of the last grid, or None."""
+    base, source = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
+    data = ModelCardData(
+        base_model=None if Path(base).exists() else base,  # the Hub takes only its own ids here, no paths
+        datasets=None if Path(source).exists() else [source],
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"],
+    )
+    prompts = [json.dumps(prompt, ensure_ascii=False) for prompt in args.validation_prompts or ["a prompt"]]
+    pictures = ""
+    if validation_image:
+        drawn = "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(prompts, 1))
+        path = validation_image.relative_to(args.output_dir).as_posix()
+        pictures = f"![pictures of the validation prompts]({path})\n\nThe pictures, row by row:\n\n{drawn}\n"
+    card = f"""---
+{data.to_yaml()}
+---
+
+# {repo_id}
+
+`{base}`, fine-tuned on `{source}` for {steps} updates of its UNet.
+
+{pictures}
+## Use
+
+```python
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained({json.dumps(repo_id)})
+pipeline({prompts[0]}).images[0].save("picture.png")
+```
+
+## Flags of the training run
+
+```json
+{json.dumps(recorded_arguments(args), indent=2, ensure_ascii=False)}
+```
+"""
+    (Path(args.output_dir) / "README.md").write_text(card, encoding="utf-8")
+
+
+def prepare_hub_repository(args):
+    """Create the repository to upload to, if need be, and try the permission to write. Returns its id, or RunError."""
+    api = HfApi(token=args.hub_token)
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    with naming(f"--push_to_hub {name}"):
+        repo_id = api.create_repo(name, exist_ok=True).repo_id
+        api.auth_check(repo_id, write=True)
+    return repo_id
+
+
+def push_to_hub(args, repo_id):
+    """Upload output_dir without checkpoints and logs. Raises RunError with the command that does it by hand."""
+    ignored = ["checkpoint-*", "checkpoint-*/**", f"{args.logging_dir}/**"]
+    try:
+        api = HfApi(token=args.hub_token)
+        api.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        exclude = [word for pattern in ignored for word in ("--exclude", pattern)]
+        command = shlex.join(["hf", "upload", repo_id, args.output_dir, ".", *exclude])
+        reason = str(error).splitlines()[0]
+        raise RunError(
+            f"--push_to_hub: {reason}; the model is in {args.output_dir}, upload it by: {command}"
+        ) from error
+    logger.info(f"uploaded to {repo_id}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class AboveProgressBar(logging.Handler):
+    """Writes log lines to stderr without tearing the progress bar apart."""
+
+    def emit(self, record):
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def configure_logging(accelerator, args):
+    """Let the main process speak, the others only of errors, and no progress bar but that of the training.
+
+    Raises RunError if the tracker is not installed.
+    """
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    handler = AboveProgressBar()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(level)
+    for library in (datasets, diffusers, transformers):
+        library.utils.logging.set_verbosity(max(level, logging.WARNING))
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
+    if args.report_to != "all" and not accelerator.log_with:
+        raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {args.report_to}`")
+
+
+def place_ema(ema, device, offload):
+    """Put the average on the device (torch.device), or into main memory that the device reads fast."""
+    if not offload:
+        ema.to(device)
+    elif device.type == "cuda":
+        ema.pin_memory()
+
+
+def update_ema(ema, parameters, device, offload):
+    """Take `parameters` into the average; an offloaded one visits the device for it, without the CPU waiting."""
+    stored = ema.shadow_params
+    if offload:
+        ema.to(device, non_blocking=True)
+    ema.step(parameters)
+    if offload:
+        torch._foreach_copy_(stored, ema.shadow_params, non_blocking=True)
+        ema.shadow_params = stored
+
+
+def vae_factor(vae):
+    """How many pixels of an image's side a latent stands for."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def check_architecture(unet, vae, text_encoder, resolution):
+    """Raise RunError unless the models are Stable Diffusion's 1.x or 2.x, and the VAE takes the resolution."""
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise RunError(
+            f"--pretrained_model_name_or_path: the UNet takes {unet.config.in_channels} channels and the VAE makes "
+            f"{vae.config.latent_channels}; inpainting and depth models are not supported"
+        )
+    if unet.config.cross_attention_dim != text_encoder.config.hidden_size or unet.config.addition_embed_type:
+        raise RunError(
+            f"--pretrained_model_name_or_path: the UNet expects text states of width {unet.config.cross_attention_dim} "
+            f"and the text encoder makes {text_encoder.config.hidden_size}; only Stable Diffusion 1.x and 2.x do"
+        )
+    factor = vae_factor(vae)
+    if resolution % factor:
+        larger = (resolution // factor + 1) * factor
+        raise RunError(f"--resolution {resolution}: the VAE takes multiples of {factor}, such as {larger}")
+
+
+def enable_xformers(unet):
+    """Use xformers' attention. It is tried on a small tensor first. Raises RunError where it does not work."""
+    try:
+        import xformers.ops
+
+        queries = torch.zeros(1, 8, 1, 16, device=unet.device, dtype=torch.float16)
+        xformers.ops.memory_efficient_attention(queries, queries, queries)
+        unet.enable_xformers_memory_efficient_attention()
+    except Exception as error:  # it raises many kinds, for a missing package, device or build
+        raise RunError(
+            "--enable_xformers_memory_efficient_attention: xformers does not work here "
+            f"({str(error).splitlines()[0]}); leave the flag out, PyTorch's own attention is already memory-efficient"
+        ) from error
+
+
+def make_optimizer(args, parameters, device, learning_rate):
+    """AdamW over `parameters`, in 8 bits or fused where the device (torch.device) has such a kernel."""
+    kernel = {"fused": device.type in ("cuda", "xpu", "mps", "cpu")}
+    optimizer_class = torch.optim.AdamW
+    if args.use_8bit_adam:
+        try:
+            from bitsandbytes.optim import AdamW8bit as optimizer_class
+        except ImportError as error:
+            raise RunError("--use_8bit_adam: needs bitsandbytes, run `pip install bitsandbytes`") from error
+        kernel = {}
+    return optimizer_class(
+        parameters,
+        lr=learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        **kernel,
+    )
+
+
+def check_output_dir(args):
+    """Raise RunError if the result can't be written to output_dir. Writes nothing."""
+    output_dir = Path(args.output_dir)
+    if output_dir.resolve() == Path(args.pretrained_model_name_or_path).resolve():
+        raise RunError(f"--output_dir {output_dir}: is the model to start from, which would be overwritten")
+    existing = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
+    if not existing.is_dir():
+        raise RunError(f"--output_dir {output_dir}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(f"--output_dir {output_dir}: no permission to write to {existing}")
+
+
+def prepare_output_dir(args):
+    """Make output_dir, without what a crash left of checkpoints. Raises RunError."""
+    with naming(f"--output_dir {args.output_dir}"):
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+        for suffix in ("partial", "removed"):
+            for folder in Path(args.output_dir).glob(f"checkpoint-*.{suffix}"):
+                shutil.rmtree(folder)
+
+
+def validation_due(args, step, examples_before, examples_after, num_rows):
+    """Whether to draw after update `step`: every --validation_steps, else each time so many epochs have gone by."""
+    if not args.validation_prompts:
+        return False
+    if args.validation_steps:
+        return step % args.validation_steps == 0
+    period = args.validation_epochs * num_rows
+    return examples_after // period > examples_before // period
+
+
+def main(args):
+    """Train as `args` (from `parse_args`) say. Every launcher ends here. Raises RunError."""
+    check_output_dir(args)
+    with naming(f"--mixed_precision {args.mixed_precision}"):
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=args.report_to,
+            project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
+            dataloader_config=DataLoaderConfiguration(non_blocking=True),
+            step_scheduler_with_optimizer=False,  # the schedule counts updates: it is stepped once for each, below
+        )
+    configure_logging(accelerator, args)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+    # Where the run starts: step 0, or a checkpoint.
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    state = read_checkpoint(checkpoint) if checkpoint else {"step": 0, "examples_seen": 0, "seed": secrets.randbits(32)}
+    first_step, examples_seen = state["step"], state["examples_seen"]
+    seed = broadcast_object_list([state["seed"] if args.seed is None else args.seed])[0]
+    if args.resume_from_checkpoint:
+        report_resume(args, checkpoint, state)
+
+    # Models: the UNet in float32, the frozen ones in the precision of the mixed-precision mode.
+    path, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
+    weights = {**hub, "variant": args.variant, "use_safetensors": True}
+    unet_weights = {**weights, "revision": args.non_ema_revision or args.revision}
+    with naming(f"--pretrained_model_name_or_path {path}" + (f", {checkpoint}" if checkpoint else "")):
+        noise_scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **hub)
+        tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **hub)
+        text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=weight_dtype, **weights)
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=weight_dtype, **weights)
+        if checkpoint:
+            unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet")
+        else:
+            unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **unet_weights)
+        ema_start = unet
+        if args.use_ema and checkpoint:
+            ema_start = UNet2DConditionModel.from_pretrained(checkpoint / "unet_ema")
+        elif args.use_ema and args.non_ema_revision:
+            ema_start = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **weights)
+        # All that the result is made of, in its own precision, so that nothing can be missing after the training.
+        pipeline = None
+        if accelerator.is_main_process:
+            pipeline = StableDiffusionPipeline.from_pretrained(path, unet=unet, **weights)
+    check_architecture(unet, vae, text_encoder, args.resolution)
+    ema_unet = None
+    if args.use_ema:
+        ema_unet = EMAModel(ema_start.parameters(), foreach=True)
+        ema_unet.optimization_step = first_step
+    for scheduler in (noise_scheduler, pipeline and pipeline.scheduler):
+        if args.prediction_type and scheduler:
+            scheduler.register_to_config(prediction_type=args.prediction_type)
+    prediction_type = noise_scheduler.config.prediction_type
+    check_objective(prediction_type, noise_scheduler.alphas_cumprod)
+
+    # Data: one stream of examples for the whole run, entered where the checkpoint was made.
+    with accelerator.main_process_first():
+        dataset = load_train_dataset(args)
+    if args.max_train_samples:
+        dataset = dataset.select(random_generator(seed, 3).permutation(len(dataset))[: args.max_train_samples])
+    check_images(dataset, args.image_column)
+    batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    examples_left = max(0, args.num_train_epochs * len(dataset) - examples_seen)
+    last_step = args.max_train_steps or first_step + math.ceil(examples_left / batch_size)
+    preprocess = functools.partial(
+        preprocess_train,
+        args=args,
+        tokenizer=tokenizer,
+        latents_shape=(vae.config.latent_channels, *[args.resolution // vae_factor(vae)] * 2),
+        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
+    )
+    end = examples_seen + max(0, last_step - first_step) * batch_size
+    train_dataloader = torch.utils.data.DataLoader(
+        ExampleStream(dataset, preprocess, seed, examples_seen, end),
+        batch_size=args.train_batch_size,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+    # Optimizer.
+    vae.requires_grad_(False).to(accelerator.device)
+    text_encoder.requires_grad_(False).to(accelerator.device)
+    unet.train().to(accelerator.device)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        enable_xformers(unet)
+    if ema_unet:
+        place_ema(ema_unet, accelerator.device, args.offload_ema)
+    learning_rate = args.learning_rate * (batch_size if args.scale_lr else 1)
+    optimizer = make_optimizer(args, unet.parameters(), accelerator.device, learning_rate)
+    course = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step}
+    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **course)
+    unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
+        unet, optimizer, train_dataloader, lr_scheduler
+    )
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())  # saved as unet/ below
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())  # loaded from there above
+    if checkpoint:
+        accelerator.load_state(str(checkpoint))
+        accelerator.step = 0  # checkpoints lie between updates, whatever the number of accumulation steps was
+
+    # Everything that can refuse the run has spoken: from here on it writes.
+    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
+    if accelerator.is_main_process:
+        if args.push_to_hub:
+            repo_id = prepare_hub_repository(args)
+        prepare_output_dir(args)
+    accelerator.init_trackers(
+        args.tracker_project_name,
+        config=recorded_arguments(args),
+        init_kwargs={"wandb": {"settings": {"x_disable_meta": True}}},  # W&B would keep the command line, token and all
+    )
+
+    # Loop.
+    logger.info(f"{len(dataset)} images, {batch_size} per step, steps {first_step} to {max(first_step, last_step)}")
+    log = UpdateLog(accelerator, first_step, last_step)
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
+    batches = iter(train_dataloader)
+    for step in range(first_step + 1, last_step + 1):
+        update_loss = waited = 0
+        for _ in range(args.gradient_accumulation_steps):
+            wait_started = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - wait_started
+            with accelerator.accumulate(unet):
+                loss = training_loss(batch, unet, vae, text_encoder, alphas_cumprod, prediction_type, args)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    gradient_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            update_loss += loss.detach() / args.gradient_accumulation_steps
+        if ema_unet:
+            update_ema(ema_unet, unet.parameters(), accelerator.device, args.offload_ema)
+        log.add(step, update_loss, gradient_norm, lr_scheduler.get_last_lr()[0], batch_size, waited)
+        lr_scheduler.step()
+
+        examples_seen += batch_size
+        save = step % args.checkpointing_steps == 0
+        draw = validation_due(args, step, examples_seen - batch_size, examples_seen, len(dataset)) and step < last_step
+        if save or draw or step % args.logging_steps == 0 or step == last_step:
+            log.flush()
+        if save:
+            trained = accelerator.unwrap_model(unet)
+            models = {"unet": (trained, None), **({"unet_ema": (trained, ema_unet)} if ema_unet else {})}
+            state = {"step": step, "examples_seen": examples_seen, "seed": seed, "arguments": recorded_arguments(args)}
+            save_checkpoint(accelerator, args.output_dir, models, state, args.checkpoints_total_limit)
+        if draw and accelerator.is_main_process:
+            with evaluation_weights(unet, ema_unet):
+                log_validation(pipeline, vae, text_encoder, accelerator, args, seed, step)
+        if save or draw:
+            log.restart_clock()
+    log.close()
+
+    # Result.
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        validation_image = None
+        with evaluation_weights(unet, ema_unet):
+            if args.validation_prompts:
+                validation_image = log_validation(pipeline, vae, text_encoder, accelerator, args, seed, last_step)
+            pipeline.save_pretrained(args.output_dir)
+        save_model_card(args, repo_id, last_step, validation_image)
+        logger.info(f"saved the pipeline in {args.output_dir}")
+    accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:
+        push_to_hub(args, repo_id)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args())
+    except RunError as error:
+        sys.exit("error: " + str(error).rpartition("RunError: ")[2].strip())  # a data worker's comes with its traceback
