@@ -828,6 +828,13 @@ def update_ema(ema, parameters, device, offload):
         ema.shadow_params = stored
 
 
+def check_model_folder(flag, path, parts):
+    """Raise RunError if `path`, the value of `flag`, is a local folder that lacks one of the sub-folders `parts`."""
+    for part in parts if Path(path).is_dir() else ():
+        if not (Path(path) / part).is_dir():
+            raise RunError(f"--{flag} {path}: the folder has no {part}/, which a pipeline of this kind needs")
+
+
 def vae_factor(vae):
     """How many pixels of an image's side a latent stands for."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
@@ -929,6 +936,8 @@ def main(args):
             dataloader_config=DataLoaderConfiguration(non_blocking=True),
             step_scheduler_with_optimizer=False,  # the schedule counts updates: it is stepped once for each, below
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise RunError("--mixed_precision fp16: needs a GPU, a CPU has bf16")
     configure_logging(accelerator, args)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -946,6 +955,7 @@ def main(args):
     path, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     weights = {**hub, "variant": args.variant, "use_safetensors": True}
     unet_weights = {**weights, "revision": args.non_ema_revision or args.revision}
+    check_model_folder("pretrained_model_name_or_path", path, ["scheduler", "tokenizer", "text_encoder", "vae", "unet"])
     with naming(f"--pretrained_model_name_or_path {path}" + (f", {checkpoint}" if checkpoint else "")):
         noise_scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **hub)
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **hub)

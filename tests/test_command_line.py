@@ -1,0 +1,235 @@
+"""The flags: all of upstream's with their defaults, and one clear line with the right status for bad input."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+from conftest import ROOT, command_line, launch, run
+
+from train_text_to_image import RunError, parse_args
+
+UPSTREAM = json.loads((ROOT / "tests" / "upstream_flags.json").read_text())["train_text_to_image.py"]
+NEW = {"--proportion_empty_prompts", "--validation_steps", "--logging_steps"}
+REQUIRED = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "images"]
+
+
+def parse(*words):
+    return vars(parse_args([*REQUIRED, *words]))
+
+
+# The flags ------------------------------------------------------------------------------------------------------------
+
+
+def test_upstream_has_57_flags():
+    assert len(UPSTREAM) == 57
+
+
+@pytest.mark.parametrize("flag", sorted(UPSTREAM))
+def test_flag_of_upstream(flag):
+    """It is accepted with the same type and default, and a value of that type is what the script gets."""
+    facts, name = UPSTREAM[flag], flag.removeprefix("--")
+    if flag not in REQUIRED:
+        assert parse()[name] == facts["default"]
+    if facts["type"] == "flag":
+        assert parse(flag)[name] is True
+        return
+    value = {"int": "3", "float": "0.25", "str": "constant"}[facts["type"]]
+    restricted = {
+        "--prediction_type": ["epsilon", "v_prediction", "sample"],
+        "--report_to": ["wandb", "comet_ml", "all"],
+    }
+    values = facts.get("choices") or restricted.get(flag) or [value]
+    for value in values:
+        expected = {"int": int, "float": float, "str": str}[facts["type"]](value)
+        assert parse(flag, value)[name] == ([expected] if facts.get("nargs") else expected)
+
+
+def test_the_flags_that_upstream_does_not_have():
+    assert {f"--{name}" for name in parse()} - set(UPSTREAM) == NEW
+
+
+def test_resume_with_no_value_means_latest():
+    assert parse("--resume_from_checkpoint")["resume_from_checkpoint"] == "latest"
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"])
+def test_schedules(schedule):
+    assert parse("--lr_scheduler", schedule)["lr_scheduler"] == schedule
+
+
+# Values that can't be right: status 2 ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        *[(f"--{name} {value}", f"--{name}: must be larger than 0, not {value}")
+          for name in ("resolution", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
+                       "max_train_steps", "max_train_samples", "checkpointing_steps", "checkpoints_total_limit",
+                       "validation_epochs", "validation_steps", "logging_steps") for value in (0, -1)],
+        ("--learning_rate 0", "--learning_rate: must be larger than 0"),
+        ("--learning_rate nan", "--learning_rate: must be larger than 0"),
+        ("--max_grad_norm -1", "--max_grad_norm: must be larger than 0"),
+        ("--snr_gamma 0", "--snr_gamma: must be larger than 0"),
+        ("--noise_offset -0.1", "--noise_offset: must not be negative"),
+        ("--lr_warmup_steps -1", "--lr_warmup_steps: must not be negative"),
+        ("--dataloader_num_workers -1", "--dataloader_num_workers: must not be negative"),
+        ("--seed -1", "--seed: must not be negative"),
+        ("--proportion_empty_prompts 1.5", "--proportion_empty_prompts: must be from 0 to 1"),
+        ("--adam_beta1 1", "--adam_beta1: must be from 0 to below 1"),
+        ("--resolution large", "--resolution: invalid int value"),
+        ("--lr_scheduler sawtooth", "--lr_scheduler: invalid choice"),
+        ("--prediction_type flow", "--prediction_type: invalid choice"),
+        ("--report_to paper", "--report_to: invalid choice"),
+        ("--mixed_precision fp8", "--mixed_precision: invalid choice"),
+        ("--image_interpolation_mode best", "--image_interpolation_mode: invalid choice"),
+        ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_right(words, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse(*words.split())
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_no_data_set_at_all(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(["--pretrained_model_name_or_path", "model"])
+    assert exit_.value.code == 2
+    assert "--dataset_name" in capsys.readouterr().err.splitlines()[-1]
+
+
+# Input that turns out bad: one line, and nothing written --------------------------------------------------------------
+
+
+def broken_images(tmp_path):
+    folder = tiny.make_images(tmp_path / "broken")
+    (folder / "5.png").write_bytes((folder / "5.png").read_bytes()[:50])
+    return folder
+
+
+def numbers_as_captions(tmp_path):
+    folder = tiny.make_images(tmp_path / "numbers")
+    rows = [{"file_name": f"{index}.png", "text": index} for index in range(8)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def no_captions(tmp_path):
+    folder = tiny.make_images(tmp_path / "no_captions")
+    (folder / "metadata.jsonl").unlink()
+    return folder
+
+
+def dangling_metadata(tmp_path):
+    folder = tiny.make_images(tmp_path / "dangling")
+    (folder / "3.png").unlink()
+    return folder
+
+
+def empty_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    return tmp_path / "empty"
+
+
+def no_unet(tmp_path, pipeline_folder):
+    shutil.copytree(pipeline_folder, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model" / "unet")
+    return tmp_path / "model"
+
+
+def a_file(tmp_path):
+    (tmp_path / "file").touch()
+    return tmp_path / "file"
+
+
+BAD_INPUT = {
+    "no such folder": ("train_data_dir", "nowhere", "--train_data_dir nowhere: there is no such folder"),
+    "empty folder": ("train_data_dir", empty_folder, "the folder is empty"),
+    "no such data set": ("dataset_name", "nobody/nothing", "--dataset_name nobody/nothing: "),
+    "no such image column": ("image_column", "picture", "--image_column picture: no such column; there are"),
+    "no such caption column": ("caption_column", "title", "--caption_column title: no such column; there are"),
+    "no metadata": ("train_data_dir", no_captions, "--caption_column text: no such column; there are image"),
+    "captions that are numbers": ("train_data_dir", numbers_as_captions, "--caption_column text: holds Value('int64')"),
+    "metadata without its image": ("train_data_dir", dangling_metadata, "3.png"),
+    "broken image": ("train_data_dir", broken_images, "5.png cannot be read"),
+    "resolution": ("resolution", 30, "--resolution 30: the VAE takes multiples of 4, such as 32"),
+    "no such model": ("pretrained_model_name_or_path", "nowhere", "--pretrained_model_name_or_path nowhere: "),
+    "model without a UNet": ("pretrained_model_name_or_path", no_unet, "the folder has no unet/"),
+    "output_dir is a file": ("output_dir", a_file, "is a file, not a folder"),
+    "output_dir below a file": ("output_dir", lambda tmp_path: a_file(tmp_path) / "below", "is a file, not a folder"),
+    "no such checkpoint": ("resume_from_checkpoint", "checkpoint-7", "there is no such checkpoint; there are none"),
+    "epsilon with fp16 on a CPU": ("mixed_precision", "fp16", "--mixed_precision fp16: "),
+    "xformers": ("enable_xformers_memory_efficient_attention", True, "is already memory-efficient"),
+}  # fmt: skip
+
+
+def everything_below(folder):
+    return sorted(str(path) for path in Path(folder).rglob("*"))
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input(case, flags, tmp_path, pipeline_folder):
+    name, value, message = BAD_INPUT[case]
+    if callable(value):
+        value = value(tmp_path, pipeline_folder) if value is no_unet else value(tmp_path)
+    flags[name] = value
+    before = everything_below(tmp_path)
+    with pytest.raises(RunError) as error:
+        run(flags)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    assert everything_below(tmp_path) == before
+
+
+def test_the_line_and_the_status_that_the_user_sees(flags):
+    result = launch({**flags, "train_data_dir": "nowhere"})
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1] == "error: --train_data_dir nowhere: there is no such folder"
+
+
+def test_a_bad_image_that_a_data_worker_meets(flags, tmp_path, monkeypatch):
+    """One behind those that are looked at before the training."""
+    import train_text_to_image
+
+    monkeypatch.setattr(train_text_to_image, "check_images", lambda *arguments: None)
+    with pytest.raises(RunError, match=r"5\.png cannot be read"):
+        run({**flags, "train_data_dir": broken_images(tmp_path), "dataloader_num_workers": 1, "max_train_steps": 4})
+
+
+def test_the_model_is_not_overwritten(flags, pipeline_folder):
+    before = {path: path.stat().st_mtime_ns for path in pipeline_folder.rglob("*")}
+    with pytest.raises(RunError, match="is the model to start from"):
+        run({**flags, "output_dir": pipeline_folder})
+    assert {path: path.stat().st_mtime_ns for path in pipeline_folder.rglob("*")} == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="needs a user whom permissions bind, not root")
+def test_an_output_dir_that_cannot_be_written(flags, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(RunError, match="no permission"):
+        run({**flags, "output_dir": tmp_path / "locked" / "output"})
+
+
+def test_a_read_only_output_dir(flags):
+    with pytest.raises(RunError, match="--output_dir /proc/output"):
+        run({**flags, "output_dir": "/proc/output"})
+
+
+def test_zero_terminal_snr_with_epsilon(flags, tmp_path):
+    tiny.make_stable_diffusion(tmp_path / "model", zero_terminal_snr=True)
+    flags |= {"pretrained_model_name_or_path": tmp_path / "model"}
+    with pytest.raises(RunError, match="zero terminal SNR"):
+        run(flags)
+    assert not flags["output_dir"].exists()
+    run({**flags, "prediction_type": "v_prediction", "snr_gamma": 5.0})
+
+
+def test_command_line_of_the_tests():
+    assert command_line({"a": 1, "b": True, "c": None, "d": ["x y", "z"]}) == ["--a", "1", "--b", "--d", "x y", "z"]

@@ -1,0 +1,358 @@
+"""End to end on the tiny pipeline: what a run writes, logs and leaves behind."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import tiny
+import torch
+from conftest import ROOT, command_line, launch, run
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+GOLDEN = Path(__file__).with_name("golden_losses.json")
+
+
+def events_of(output_dir, project="text2image-fine-tune"):
+    events = EventAccumulator(str(output_dir / "logs" / project))
+    events.Reload()
+    return events
+
+
+def losses_of(output_dir):
+    return [event.value for event in events_of(output_dir).Scalars("train_loss")]
+
+
+def unet_of(folder):
+    return load_file(Path(folder) / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def picture(folder, **options):
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    return pipeline("red dots", num_inference_steps=2, height=32, width=32, generator=generator).images[0]
+
+
+# The result -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_result_is_a_pipeline_that_draws(flags, pipeline_folder):
+    run(flags)
+    assert np.asarray(picture(flags["output_dir"])).shape == (32, 32, 3)
+    trained, before = unet_of(flags["output_dir"]), unet_of(pipeline_folder)
+    assert trained.keys() == before.keys()
+    assert not any(torch.equal(trained[name], before[name]) for name in trained if "weight" in name)
+    for part in ("vae", "text_encoder"):  # frozen: the very same
+        name = "model.safetensors" if part == "text_encoder" else "diffusion_pytorch_model.safetensors"
+        one, two = load_file(flags["output_dir"] / part / name), load_file(pipeline_folder / part / name)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert not list(flags["output_dir"].rglob("*.bin"))
+
+
+def test_loss_falls_when_one_image_is_learned_by_heart(flags, tmp_path):
+    tiny.make_images(tmp_path / "one", number=1)
+    flags |= {"train_data_dir": tmp_path / "one", "center_crop": True, "learning_rate": 3e-3, "max_train_steps": 80}
+    run({**flags, "train_batch_size": 8})
+    losses = losses_of(flags["output_dir"])
+    assert len(losses) == 80
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+
+
+def test_the_frozen_parts_keep_their_precision_in_a_bf16_run(flags, pipeline_folder):
+    run({**flags, "mixed_precision": "bf16"})
+    vae = load_file(flags["output_dir"] / "vae" / "diffusion_pytorch_model.safetensors")
+    before = load_file(pipeline_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(vae[name], before[name]) for name in before)
+    assert all(value.dtype == torch.float32 for value in unet_of(flags["output_dir"]).values())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"snr_gamma": 5.0, "noise_offset": 0.1, "input_perturbation": 0.1, "dream_training": True},
+        {"prediction_type": "v_prediction", "dream_training": True},
+        {"prediction_type": "sample", "snr_gamma": 5.0},
+        {"gradient_checkpointing": True, "use_8bit_adam": True, "allow_tf32": True},
+        {"use_ema": True, "offload_ema": True, "foreach_ema": True, "scale_lr": True},
+        {"max_train_samples": 3, "center_crop": True, "image_interpolation_mode": "bicubic", "max_grad_norm": 0.1},
+        {"lr_scheduler": "polynomial", "lr_warmup_steps": 1, "mixed_precision": "bf16", "local_rank": 0},
+    ],
+    ids=lambda changes: "-".join(changes),
+)
+def test_flags_run(flags, changes):
+    run({**flags, **changes})
+    losses = losses_of(flags["output_dir"])
+    assert len(losses) == 2
+    assert np.isfinite(losses).all()
+
+
+def test_stable_diffusion_2_with_v_prediction(flags, tmp_path):
+    tiny.make_stable_diffusion(tmp_path / "sd2", version=2, prediction_type="v_prediction")
+    run({**flags, "pretrained_model_name_or_path": tmp_path / "sd2"})
+    assert json.loads((flags["output_dir"] / "scheduler" / "scheduler_config.json").read_text())["prediction_type"] == (
+        "v_prediction"
+    )
+    picture(flags["output_dir"])
+
+
+def test_the_result_samples_by_the_prediction_type_it_was_trained_on(flags):
+    run({**flags, "prediction_type": "v_prediction"})
+    scheduler = json.loads((flags["output_dir"] / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["prediction_type"] == "v_prediction"
+    assert scheduler["_class_name"] == "PNDMScheduler"
+
+
+def test_weights_of_a_variant(flags, tmp_path, pipeline_folder):
+    """A folder that holds only fp16 files: trained in float32 all the same."""
+    StableDiffusionPipeline.from_pretrained(pipeline_folder, torch_dtype=torch.float16).save_pretrained(
+        tmp_path / "half", variant="fp16"
+    )
+    run({**flags, "pretrained_model_name_or_path": tmp_path / "half", "variant": "fp16"})
+    assert all(value.dtype == torch.float32 for value in unet_of(flags["output_dir"]).values())
+
+
+def test_gradient_checkpointing_changes_no_bit(flags, tmp_path):
+    run({**flags, "output_dir": tmp_path / "plain"})
+    run({**flags, "output_dir": tmp_path / "recomputed", "gradient_checkpointing": True})
+    plain, recomputed = unet_of(tmp_path / "plain"), unet_of(tmp_path / "recomputed")
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+def test_accumulation_is_the_same_as_a_large_batch(flags, tmp_path):
+    """Also across the ends of epochs: 6 x 4 examples of 8 images, where 3 x 4 end in the middle of one."""
+    flags |= {"max_train_steps": 3, "gradient_accumulation_steps": 1, "train_batch_size": 6}
+    run({**flags, "output_dir": tmp_path / "large"})
+    run({**flags, "output_dir": tmp_path / "small", "train_batch_size": 2, "gradient_accumulation_steps": 3})
+    np.testing.assert_allclose(losses_of(tmp_path / "large"), losses_of(tmp_path / "small"), rtol=1e-5)
+
+
+def test_epochs_become_steps(flags):
+    """3 passes over 8 images in batches of 2 x 2 are 6 updates; a last part of a batch is filled, not dropped."""
+    run({**flags, "max_train_steps": None, "num_train_epochs": 3, "gradient_accumulation_steps": 2})
+    assert len(losses_of(flags["output_dir"])) == 6
+    run({**flags, "output_dir": flags["output_dir"].with_name("b"), "max_train_steps": None, "num_train_epochs": 1,
+         "train_batch_size": 3})  # fmt: skip
+    assert len(losses_of(flags["output_dir"].with_name("b"))) == 3
+
+
+# Golden losses --------------------------------------------------------------------------------------------------------
+
+
+def golden_run(output_dir):
+    """A short run with everything on that enters the loss; its losses are compared with stored ones."""
+    folder = output_dir.with_name("golden")
+    tiny.make_stable_diffusion(folder / "model", seed=1)
+    tiny.make_images(folder / "images", caption_lists=True, seed=1)
+    flags = {"pretrained_model_name_or_path": folder / "model", "train_data_dir": folder / "images", "seed": 1}
+    flags |= {"resolution": 32, "train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 6}
+    flags |= {"learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "random_flip": True}
+    flags |= {"snr_gamma": 5.0, "noise_offset": 0.1, "input_perturbation": 0.1, "proportion_empty_prompts": 0.2}
+    run({**flags, "output_dir": output_dir})
+    return losses_of(output_dir)
+
+
+def test_golden_losses(flags):
+    """After a wanted change, write them anew: python tests/test_training.py"""
+    golden = json.loads(GOLDEN.read_text())
+    np.testing.assert_allclose(golden_run(flags["output_dir"]), golden["losses"], rtol=1e-4)
+
+
+# EMA ------------------------------------------------------------------------------------------------------------------
+
+
+def test_ema_is_the_average_that_its_formula_says(flags):
+    """decay_t = min(0.9999, (1 + t) / (10 + t)) for t = 1, 2, ..., and the first update is copied."""
+    run({**flags, "use_ema": True, "checkpointing_steps": 1, "max_train_steps": 4, "learning_rate": 1e-2})
+    average = None
+    for step in (1, 2, 3, 4):
+        checkpoint = flags["output_dir"] / f"checkpoint-{step}"
+        weights = {name: value.double() for name, value in unet_of(checkpoint).items()}
+        decay = (1 + step - 1) / (10 + step - 1) if step > 1 else 0
+        average = {n: decay * average[n] + (1 - decay) * weights[n] if average else weights[n] for n in weights}
+        stored = load_file(checkpoint / "unet_ema" / "diffusion_pytorch_model.safetensors")
+        for name in stored:
+            torch.testing.assert_close(stored[name].double(), average[name], rtol=1e-5, atol=1e-6)
+
+
+def test_offloading_the_ema_changes_no_bit(flags, tmp_path):
+    run({**flags, "use_ema": True, "output_dir": tmp_path / "on"})
+    run({**flags, "use_ema": True, "offload_ema": True, "output_dir": tmp_path / "off"})
+    on, off = unet_of(tmp_path / "on"), unet_of(tmp_path / "off")
+    assert all(torch.equal(on[name], off[name]) for name in on)
+
+
+# Validation -----------------------------------------------------------------------------------------------------------
+
+
+def test_validation_draws_when_it_is_due_and_changes_no_bit(flags, tmp_path):
+    flags |= {"use_ema": True, "max_train_steps": 4}
+    prompts = {"validation_prompts": ["red dots", "green bars"], "validation_steps": 2}
+    run({**flags, "output_dir": tmp_path / "plain"})
+    run({**flags, **prompts, "output_dir": tmp_path / "drawn"})
+    plain, drawn = unet_of(tmp_path / "plain"), unet_of(tmp_path / "drawn")
+    assert all(torch.equal(plain[name], drawn[name]) for name in plain)
+    grids = sorted(path.name for path in (tmp_path / "drawn" / "validation").iterdir())
+    assert grids == ["step-000002.png", "step-000004.png"]
+    assert PIL.Image.open(tmp_path / "drawn" / "validation" / grids[0]).size == (2 * 34 + 2, 34 + 2)
+    images = events_of(tmp_path / "drawn").Images("validation")
+    assert {event.step for event in images} == {2, 4}
+
+
+def test_validation_by_epochs(flags, tmp_path):
+    """8 images in batches of 2: an epoch ends at steps 4, 8 and 12."""
+    flags |= {"validation_prompts": ["red dots"], "validation_epochs": 2, "max_train_steps": 13, "logging_steps": 5}
+    run(flags)
+    grids = sorted(path.name for path in (flags["output_dir"] / "validation").iterdir())
+    assert grids == ["step-000008.png", "step-000013.png"]
+
+
+def test_validation_takes_the_same_noise_every_time(flags):
+    """With a learning rate that changes nothing, every grid is the same picture."""
+    flags |= {"validation_prompts": ["red dots"], "validation_steps": 1, "learning_rate": 1e-30, "adam_weight_decay": 0}
+    run(flags)
+    first, second = (PIL.Image.open(path) for path in sorted((flags["output_dir"] / "validation").iterdir()))
+    assert first.tobytes() == second.tobytes()
+
+
+# Trackers -------------------------------------------------------------------------------------------------------------
+
+
+def test_tensorboard_has_every_update(flags):
+    flags |= {"max_train_steps": 7, "logging_steps": 3, "lr_scheduler": "linear", "lr_warmup_steps": 2}
+    run({**flags, "learning_rate": 1e-3})
+    events = events_of(flags["output_dir"])
+    for name in ("train_loss", "grad_norm", "lr", "examples_per_second", "data_wait"):
+        assert [event.step for event in events.Scalars(name)] == list(range(1, 8)), name
+    rates = [event.value for event in events.Scalars("lr")]
+    np.testing.assert_allclose(rates, [0, 0.5e-3, 1e-3, 0.8e-3, 0.6e-3, 0.4e-3, 0.2e-3], rtol=1e-6)
+    assert all(0 < event.value < 1 for event in events.Scalars("data_wait"))
+    assert all(event.value > 0 for event in events.Scalars("examples_per_second"))
+    walltimes = [event.wall_time for event in events.Scalars("train_loss")]
+    assert len(set(walltimes)) == 7  # each update at the time when it was made, not when it was written
+    assert walltimes == sorted(walltimes)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_the_schedule_counts_updates(flags, accumulation):
+    run({**flags, "gradient_accumulation_steps": accumulation, "max_train_steps": 3, "lr_scheduler": "linear"})
+    rates = [event.value for event in events_of(flags["output_dir"]).Scalars("lr")]
+    np.testing.assert_allclose(rates, [1e-4, 1e-4 * 2 / 3, 1e-4 / 3], rtol=1e-6)
+
+
+def test_scale_lr(flags):
+    run({**flags, "scale_lr": True, "gradient_accumulation_steps": 3})
+    assert events_of(flags["output_dir"]).Scalars("lr")[0].value == pytest.approx(1e-4 * 2 * 3)
+
+
+def everything_written_below(folder):
+    return b"".join(path.read_bytes() for path in Path(folder).rglob("*") if path.is_file())
+
+
+def test_wandb_offline_and_no_token_anywhere(flags, tmp_path):
+    token = "hf_NotToBeSeenAnywhere"
+    flags |= {"report_to": "wandb", "hub_token": token, "validation_prompts": ["red dots"], "logging_steps": 1}
+    result = launch(flags, WANDB_DIR=str(tmp_path), WANDB_MODE="offline")
+    assert result.returncode == 0, result.stderr
+    (run_folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    (log,) = run_folder.glob("*.wandb")
+    content = log.read_bytes()
+    for name in (b"train_loss", b"grad_norm", b"examples_per_second", b"data_wait", b"validation", b"learning_rate"):
+        assert name in content, name
+    assert list(run_folder.glob("files/media/images/validation*.png"))
+    written = everything_written_below(tmp_path) + (result.stdout + result.stderr).encode()
+    assert b"red dots" in written
+    assert token.encode() not in written
+
+
+# The model card -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompts", [None, ["red dots", 'a "quoted" | prompt: #1']])
+def test_the_model_card_is_always_written_and_true(flags, prompts):
+    from huggingface_hub import ModelCard
+
+    run({**flags, "validation_prompts": prompts, "hub_model_id": "somebody/something", "hub_token": "hf_secret"})
+    card = ModelCard.load(flags["output_dir"] / "README.md")
+    assert card.data.library_name == "diffusers"
+    assert card.data.base_model is None  # a local folder, which is nothing to the Hub
+    assert "# somebody/something" in card.text
+    assert "hf_secret" not in card.content
+    assert ("validation/step-000002.png" in card.text) == bool(prompts)
+    for path in re.findall(r"\]\(([^)]*)\)", card.text):
+        assert (flags["output_dir"] / path).is_file()
+    code = re.search(r"```python\n(.*?)```", card.text, re.DOTALL).group(1)
+    code = code.replace("somebody/something", str(flags["output_dir"])).replace(
+        '].save("', f'].save("{flags["output_dir"]}/'
+    )
+    code = code.replace("pipeline(", "pipeline(num_inference_steps=1, height=32, width=32, prompt=")
+    exec(compile(code, "card", "exec"), {})
+    assert (flags["output_dir"] / "picture.png").is_file()
+    recorded = json.loads(re.search(r"```json\n(.*?)```", card.text, re.DOTALL).group(1))
+    assert recorded["resolution"] == 32
+    assert "max_train_samples" not in recorded  # was not given
+
+
+# Launchers ------------------------------------------------------------------------------------------------------------
+
+
+def test_accelerate_launch(flags):
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--cpu")
+    result = launch({**flags, "max_train_steps": 1}, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert (flags["output_dir"] / "model_index.json").is_file()
+
+
+def test_two_processes_train_as_one_does(flags, tmp_path):
+    """torchrun, gloo: the same global batch gives the same losses and weights, but for the order of float sums."""
+    flags |= {"use_ema": True, "max_train_steps": 3, "lr_scheduler": "linear", "checkpointing_steps": 2}
+    run({**flags, "train_batch_size": 4, "output_dir": tmp_path / "one"})
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    result = launch({**flags, "output_dir": tmp_path / "two"}, launcher=launcher, ACCELERATE_USE_CPU="true")
+    assert result.returncode == 0, result.stderr
+    np.testing.assert_allclose(losses_of(tmp_path / "one"), losses_of(tmp_path / "two"), rtol=1e-5)
+    one, two = unet_of(tmp_path / "one"), unet_of(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+    rates = [[event.value for event in events_of(tmp_path / name).Scalars("lr")] for name in ("one", "two")]
+    assert rates[0] == rates[1]
+
+
+NOTEBOOK = """
+from accelerate.utils import write_basic_config
+write_basic_config()
+
+from accelerate import notebook_launcher
+from train_text_to_image import main, parse_args
+notebook_launcher(main, (parse_args({words}),), num_processes=1)
+"""
+
+
+def test_notebook_launcher_after_write_basic_config(flags, tmp_path):
+    code = NOTEBOOK.format(words=command_line({**flags, "max_train_steps": 1}))
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "accelerate" / "default_config.yaml").is_file()
+    assert (flags["output_dir"] / "model_index.json").is_file()
+
+
+if __name__ == "__main__":
+    import importlib.metadata
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        losses = golden_run(Path(folder) / "output")
+    versions = {
+        name: importlib.metadata.version(name) for name in ("torch", "torchvision", "diffusers", "transformers")
+    }
+    GOLDEN.write_text(json.dumps({"versions": versions, "losses": losses}, indent=2) + "\n")
