@@ -32,7 +32,6 @@ from pathlib import Path
 
 import datasets
 import diffusers
-import httpx
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
@@ -46,7 +45,6 @@ from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNe
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from huggingface_hub import HfApi, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
 from pyarrow import compute
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
@@ -769,7 +767,7 @@ def push_to_hub(args, repo_id):
     try:
         api = HfApi(token=args.hub_token)
         api.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+    except Exception as error:  # whatever went wrong, the model is on disk and the user has to know
         exclude = [word for pattern in ignored for word in ("--exclude", pattern)]
         command = shlex.join(["hf", "upload", repo_id, args.output_dir, ".", *exclude])
         reason = str(error).splitlines()[0]
@@ -953,14 +951,15 @@ def main(args):
 
     # Models: the UNet in float32, the frozen ones in the precision of the mixed-precision mode.
     path, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
-    weights = {**hub, "variant": args.variant, "use_safetensors": True}
+    weights = {**hub, "variant": args.variant, "use_safetensors": True, "dtype": torch.float32}
     unet_weights = {**weights, "revision": args.non_ema_revision or args.revision}
     check_model_folder("pretrained_model_name_or_path", path, ["scheduler", "tokenizer", "text_encoder", "vae", "unet"])
     with naming(f"--pretrained_model_name_or_path {path}" + (f", {checkpoint}" if checkpoint else "")):
         noise_scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **hub)
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **hub)
-        text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", dtype=weight_dtype, **weights)
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", torch_dtype=weight_dtype, **weights)
+        frozen = {**weights, "dtype": weight_dtype}
+        text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", **frozen)
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **frozen)
         if checkpoint:
             unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet")
         else:
@@ -970,7 +969,7 @@ def main(args):
             ema_start = UNet2DConditionModel.from_pretrained(checkpoint / "unet_ema")
         elif args.use_ema and args.non_ema_revision:
             ema_start = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **weights)
-        # All that the result is made of, in its own precision, so that nothing can be missing after the training.
+        # All that the result is made of, in full precision, so that nothing can be missing after the training.
         pipeline = None
         if accelerator.is_main_process:
             pipeline = StableDiffusionPipeline.from_pretrained(path, unet=unet, **weights)

@@ -357,12 +357,14 @@ class Hub:
         raise Refused(501, "Not spoken by this server")
 
     def route_api(self, request, repo_type, repo_id, call):
-        writes = call[:2] in (["POST", "branch"], ["POST", "preupload"], ["POST", "commit"])
+        writes = call[:2] in (["POST", "branch"], ["POST", "preupload"], ["POST", "commit"], ["GET", "auth-check"])
         repo = self.find(request, repo_type, repo_id, write=writes)
         match call:
             case ["GET"] | ["GET", "revision", _]:
                 commit = repo.at(call[2] if len(call) > 1 else "main")
                 return Reply.json(info(repo, commit, blobs="blobs" in request.query))
+            case ["GET", "auth-check", "write"]:
+                return Reply.json({})
             case ["GET", "tree", revision, *path]:
                 recursive = request.query.get("recursive") == ["true"]
                 return Reply.json(tree(repo.at(revision), "/".join(path), recursive))

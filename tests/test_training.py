@@ -113,10 +113,11 @@ def test_the_result_samples_by_the_prediction_type_it_was_trained_on(flags):
 
 def test_weights_of_a_variant(flags, tmp_path, pipeline_folder):
     """A folder that holds only fp16 files: trained in float32 all the same."""
-    StableDiffusionPipeline.from_pretrained(pipeline_folder, torch_dtype=torch.float16).save_pretrained(
+    StableDiffusionPipeline.from_pretrained(pipeline_folder, dtype=torch.float16).save_pretrained(
         tmp_path / "half", variant="fp16"
     )
     run({**flags, "pretrained_model_name_or_path": tmp_path / "half", "variant": "fp16"})
+    picture(flags["output_dir"])
     assert all(value.dtype == torch.float32 for value in unet_of(flags["output_dir"]).values())
 
 

@@ -1,0 +1,115 @@
+"""Models, data sets and uploads through the Hub's HTTP API, served on the loopback by `hub.py`."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from conftest import launch
+from hub import Hub
+
+WRITE, READ = "hf_test_write", "hf_test_read"
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        yield hub
+
+
+def files_below(folder, *ignored):
+    """{relative path: bytes} of a folder, without sub-folders whose names begin with one of `ignored`."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    names = {str(path.relative_to(folder)): path for path in files}
+    return {name: path.read_bytes() for name, path in names.items() if not name.startswith(ignored)}
+
+
+def test_what_arrives_is_what_output_dir_holds(hub, flags):
+    """From a model and a data set on the Hub to a model on the Hub; checkpoints, logs and the token stay here."""
+    hub.add_repo("user/base", flags["pretrained_model_name_or_path"])
+    hub.add_repo("user/pictures", flags["train_data_dir"], repo_type="dataset")
+    flags |= {"pretrained_model_name_or_path": "user/base", "dataset_name": "user/pictures", "train_data_dir": None}
+    flags |= {"push_to_hub": True, "hub_model_id": "user/tuned", "hub_token": WRITE, "checkpointing_steps": 1}
+    result = launch({**flags, "validation_prompts": ["red dots"]}, **hub.environment())
+    assert result.returncode == 0, result.stderr
+    arrived = hub.files("user/tuned")
+    assert {name: arrived[name] for name in arrived if name != ".gitattributes"} == files_below(
+        flags["output_dir"], "checkpoint-", "logs"
+    )
+    assert {"README.md", "model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= arrived.keys()
+    assert "validation/step-000002.png" in arrived
+    card = arrived["README.md"].decode()
+    assert "base_model: user/base" in card
+    assert "- user/pictures" in card
+    everything = b"".join(files_below(flags["output_dir"]).values()) + (result.stdout + result.stderr).encode()
+    assert WRITE.encode() not in everything
+    requests = [(method, path) for method, path, _ in hub.requests]
+    created = next(index for index, (method, path) in enumerate(requests) if path.endswith("/repos/create"))
+    uploaded = next(index for index, (method, path) in enumerate(requests) if "/commit/" in path)
+    assert created < uploaded
+
+
+def test_a_revision_of_the_model(hub, flags, pipeline_folder, tmp_path):
+    """The main branch holds no model at all; `v1` does, and `other` the weights that the UNet starts from."""
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "README.md").write_text("nothing here")
+    tiny.make_stable_diffusion(tmp_path / "other", seed=5)
+    hub.add_repo("user/base", tmp_path / "empty")
+    hub.add_repo("user/base", pipeline_folder, revision="v1")
+    hub.add_repo("user/base", tmp_path / "other", revision="other")
+    flags |= {"pretrained_model_name_or_path": "user/base", "revision": "v1", "non_ema_revision": "other"}
+    flags |= {"use_ema": True, "learning_rate": 1e-30, "adam_weight_decay": 0, "checkpointing_steps": 1}
+    result = launch({**flags, "max_train_steps": 1}, **hub.environment())
+    assert result.returncode == 0, result.stderr
+    trained = (flags["output_dir"] / "checkpoint-1" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    other = (tmp_path / "other" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert trained[-1000:] == other[-1000:]
+
+
+@pytest.mark.parametrize("token", [READ, "hf_test_unknown"])
+def test_the_permission_is_tried_before_the_training(hub, flags, token):
+    flags |= {"push_to_hub": True, "hub_model_id": "user/tuned", "hub_token": token}
+    result = launch(flags, **hub.environment())
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: --push_to_hub user/tuned: ")
+    assert "Traceback" not in result.stderr
+    assert token not in result.stderr
+    assert not flags["output_dir"].exists()
+
+
+def test_a_repository_that_exists_and_cannot_be_written(hub, flags, tmp_path):
+    """Creating it "if it is not there" succeeds for anybody; the permission to write has to be asked for."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "README.md").write_text("somebody else's")
+    hub.add_repo("user/tuned", tmp_path / "model")
+    flags |= {"push_to_hub": True, "hub_model_id": "user/tuned", "hub_token": READ}
+    result = launch(flags, **hub.environment())
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("error: --push_to_hub user/tuned: ")
+    assert not flags["output_dir"].exists()
+
+
+def test_a_failed_upload_leaves_the_model_and_says_the_command(hub, flags):
+    hub.fail = lambda method, path: 403 if "/commit/" in path else None
+    flags |= {"push_to_hub": True, "hub_model_id": "user/tuned", "checkpointing_steps": 1}
+    result = launch(flags, **hub.environment(WRITE))
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("error: --push_to_hub: ")
+    expected = files_below(flags["output_dir"], "checkpoint-", "logs")
+    assert "model_index.json" in expected
+    assert hub.files("user/tuned").keys() <= {".gitattributes"}
+
+    hub.fail = lambda method, path: None
+    command = shlex.split(re.search(r"upload it by: (hf upload .*)$", line).group(1))
+    command[0] = shutil.which("hf", path=str(Path(sys.executable).parent))
+    upload = subprocess.run(command, env=hub.environment(WRITE), capture_output=True, text=True, timeout=120)
+    assert upload.returncode == 0, upload.stderr
+    arrived = hub.files("user/tuned")
+    assert {name: arrived[name] for name in arrived if name != ".gitattributes"} == expected
