@@ -197,8 +197,8 @@ def naming(what):
         raise RunError(f"{what}: {lines[0] if lines else type(error).__name__}") from error
 
 
-def load_train_dataset(args):
-    """Load the training split that the data flags name.
+def load_train_dataset(args, seed):
+    """Load the training split that the data flags name, or --max_train_samples rows of it drawn by `seed`.
 
     Returns a `datasets.Dataset` whose image column gives {"bytes", "path"}, undecoded, so that an image which can't be
     read is named. Raises RunError for a data set, column or caption that is not as the flags say.
@@ -227,6 +227,8 @@ def load_train_dataset(args):
     if len(dataset) == 0:
         raise RunError(f"{folder}: the data set has no rows")
     check_columns(dataset, args)
+    if args.max_train_samples:
+        dataset = dataset.select(random_generator(seed, 3).permutation(len(dataset))[: args.max_train_samples])
     return dataset.cast_column(args.image_column, datasets.Image(decode=False))
 
 
@@ -324,7 +326,7 @@ def tokenize_captions(captions, tokenizer):
     return inputs.input_ids[0] if isinstance(captions, str) else inputs.input_ids
 
 
-def preprocess_train(row, rng, args, tokenizer, latents_shape, num_train_timesteps):
+def preprocess_train(args, tokenizer, latents_shape, num_train_timesteps, row, rng):
     """Make a training example of a dataset's row, with everything random about it drawn from `rng` in a fixed order.
 
     latents_shape: (channels, height, width). Returns tensors: "pixel_values" (3, resolution, resolution) in [-1, 1],
@@ -565,14 +567,14 @@ def report_resume(args, checkpoint, state):
         logger.info(f"flags that are not as they were: {', '.join(changes)}")
 
 
-def flush_to_disk(folder):
-    """Wait until `folder` and all below it is on disk. Returns {relative name: bytes} of its files."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in [*files, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
+def flush_to_disk(folder, recursive=True):
+    """Wait until `folder`, and all below it, is on disk. Returns {relative name: bytes} of the files below."""
+    below = sorted(folder.rglob("*")) if recursive else []
+    for path in [*below, folder]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in files}
+    return {str(path.relative_to(folder)): path.stat().st_size for path in below if path.is_file()}
 
 
 def remove_checkpoint(path):
@@ -580,33 +582,35 @@ def remove_checkpoint(path):
     shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))
 
 
-def save_checkpoint(accelerator, output_dir, models, state, total_limit):
-    """Write checkpoint-<step> whole or not at all, then prune the older ones down to `total_limit` (None: keep all).
+def save_checkpoint(accelerator, args, name, model, ema, state):
+    """Write checkpoint-<step> whole or not at all, then prune older ones down to --checkpoints_total_limit.
 
-    models: {folder's name: (model, its EMAModel or None)}; state: the dict that `read_checkpoint` returns, less
-    "files". To be called by every process. A folder "checkpoint-<step>.partial" is what a crash left of one.
+    Holds the weights of `model` in folder `name`, those of `ema` (EMAModel or None) in <name>_ema, the optimizer's
+    state, and `state`: {"step", "examples_seen", "seed"}. To be called by every process. A folder
+    "checkpoint-<step>.partial" is what a crash left of one.
     """
-    final = Path(output_dir) / f"checkpoint-{state['step']}"
+    final = Path(args.output_dir) / f"checkpoint-{state['step']}"
     partial = final.with_name(final.name + ".partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(partial))  # optimizer, schedule, scaler, by every process that holds part of them
     if accelerator.is_main_process:
-        for name, (model, ema) in models.items():
+        accelerator.unwrap_model(model).save_pretrained(partial / name)
+        if ema:
             with evaluation_weights(model, ema):
-                model.save_pretrained(partial / name)
+                accelerator.unwrap_model(model).save_pretrained(partial / f"{name}_ema")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        state = {**state, "files": flush_to_disk(partial)}
-        (partial / CHECKPOINT_STATE).write_text(json.dumps(state, indent=2))
+        contents = {**state, "arguments": recorded_arguments(args), "files": flush_to_disk(partial)}
+        (partial / CHECKPOINT_STATE).write_text(json.dumps(contents, indent=2))
         flush_to_disk(partial)
         if final.exists():  # this run was resumed from an earlier step and has come here again
             remove_checkpoint(final)
         partial.rename(final)
-        flush_to_disk(final.parent)
-        older = [path for step, path in list_checkpoints(output_dir) if step <= state["step"]]
-        for path in older[: -total_limit if total_limit else 0]:
+        flush_to_disk(final.parent, recursive=False)
+        older = [path for step, path in list_checkpoints(args.output_dir) if step <= state["step"]]
+        for path in older[: -args.checkpoints_total_limit if args.checkpoints_total_limit else 0]:
             remove_checkpoint(path)
         logger.info(f"saved {final}")
     accelerator.wait_for_everyone()
@@ -702,6 +706,10 @@ class UpdateLog:
         self.progress_bar.close()
 
 
+# W&B would keep the command line otherwise, and an access token in it.
+TRACKER_SETTINGS = {"wandb": {"settings": {"x_disable_meta": True}}}
+
+
 def recorded_arguments(args):
     """The flags that have a value, as trackers and files may hold them: plain values, and never the access token."""
     values = {name: value for name, value in sorted(vars(args).items()) if value is not None and name != "hub_token"}
@@ -715,7 +723,6 @@ def save_model_card(args, repo_id, steps, validation_image):
         base_model=None if Path(base).exists() else base,  # the Hub takes only its own ids here, no paths
         datasets=None if Path(source).exists() else [source],
         library_name="diffusers",
-        pipeline_tag="text-to-image",
         tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"],
     )
     prompts = [json.dumps(prompt, ensure_ascii=False) for prompt in args.validation_prompts or ["a prompt"]]
@@ -871,8 +878,8 @@ def enable_xformers(unet):
         ) from error
 
 
-def make_optimizer(args, parameters, device, learning_rate):
-    """AdamW over `parameters`, in 8 bits or fused where the device (torch.device) has such a kernel."""
+def make_optimizer(args, parameters, device, scale):
+    """AdamW with `scale` times the learning rate, in 8 bits or fused where the device (torch.device) has a kernel."""
     kernel = {"fused": device.type in ("cuda", "xpu", "mps", "cpu")}
     optimizer_class = torch.optim.AdamW
     if args.use_8bit_adam:
@@ -883,7 +890,7 @@ def make_optimizer(args, parameters, device, learning_rate):
         kernel = {}
     return optimizer_class(
         parameters,
-        lr=learning_rate,
+        lr=args.learning_rate * scale,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
         eps=args.adam_epsilon,
@@ -925,15 +932,14 @@ def validation_due(args, step, examples_before, examples_after, num_rows):
 def main(args):
     """Train as `args` (from `parse_args`) say. Every launcher ends here. Raises RunError."""
     check_output_dir(args)
-    with naming(f"--mixed_precision {args.mixed_precision}"):
-        accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            mixed_precision=args.mixed_precision,
-            log_with=args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
-            dataloader_config=DataLoaderConfiguration(non_blocking=True),
-            step_scheduler_with_optimizer=False,  # the schedule counts updates: it is stepped once for each, below
-        )
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        step_scheduler_with_optimizer=False,  # the schedule counts updates: it is stepped once for each, below
+    )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise RunError("--mixed_precision fp16: needs a GPU, a CPU has bf16")
     configure_logging(accelerator, args)
@@ -952,14 +958,15 @@ def main(args):
     # Models: the UNet in float32, the frozen ones in the precision of the mixed-precision mode.
     path, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     weights = {**hub, "variant": args.variant, "use_safetensors": True, "dtype": torch.float32}
-    unet_weights = {**weights, "revision": args.non_ema_revision or args.revision}
+    frozen_weights, unet_weights = {**weights, "dtype": weight_dtype}, {**weights}
+    if args.non_ema_revision:
+        unet_weights["revision"] = args.non_ema_revision
     check_model_folder("pretrained_model_name_or_path", path, ["scheduler", "tokenizer", "text_encoder", "vae", "unet"])
     with naming(f"--pretrained_model_name_or_path {path}" + (f", {checkpoint}" if checkpoint else "")):
         noise_scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **hub)
         tokenizer = CLIPTokenizer.from_pretrained(path, subfolder="tokenizer", **hub)
-        frozen = {**weights, "dtype": weight_dtype}
-        text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", **frozen)
-        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **frozen)
+        text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", **frozen_weights)
+        vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **frozen_weights)
         if checkpoint:
             unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet")
         else:
@@ -978,29 +985,22 @@ def main(args):
     if args.use_ema:
         ema_unet = EMAModel(ema_start.parameters(), foreach=True)
         ema_unet.optimization_step = first_step
-    for scheduler in (noise_scheduler, pipeline and pipeline.scheduler):
-        if args.prediction_type and scheduler:
-            scheduler.register_to_config(prediction_type=args.prediction_type)
-    prediction_type = noise_scheduler.config.prediction_type
-    check_objective(prediction_type, noise_scheduler.alphas_cumprod)
+    prediction_type = args.prediction_type or noise_scheduler.config.prediction_type
+    if pipeline:
+        pipeline.scheduler.register_to_config(prediction_type=prediction_type)  # what it samples is what it learned
+    alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
+    check_objective(prediction_type, alphas_cumprod)
 
     # Data: one stream of examples for the whole run, entered where the checkpoint was made.
     with accelerator.main_process_first():
-        dataset = load_train_dataset(args)
-    if args.max_train_samples:
-        dataset = dataset.select(random_generator(seed, 3).permutation(len(dataset))[: args.max_train_samples])
+        dataset = load_train_dataset(args, seed)
     check_images(dataset, args.image_column)
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     examples_left = max(0, args.num_train_epochs * len(dataset) - examples_seen)
     last_step = args.max_train_steps or first_step + math.ceil(examples_left / batch_size)
-    preprocess = functools.partial(
-        preprocess_train,
-        args=args,
-        tokenizer=tokenizer,
-        latents_shape=(vae.config.latent_channels, *[args.resolution // vae_factor(vae)] * 2),
-        num_train_timesteps=noise_scheduler.config.num_train_timesteps,
-    )
     end = examples_seen + max(0, last_step - first_step) * batch_size
+    latents_shape = (vae.config.latent_channels, *[args.resolution // vae_factor(vae)] * 2)
+    preprocess = functools.partial(preprocess_train, args, tokenizer, latents_shape, len(alphas_cumprod))
     train_dataloader = torch.utils.data.DataLoader(
         ExampleStream(dataset, preprocess, seed, examples_seen, end),
         batch_size=args.train_batch_size,
@@ -1018,8 +1018,7 @@ def main(args):
         enable_xformers(unet)
     if ema_unet:
         place_ema(ema_unet, accelerator.device, args.offload_ema)
-    learning_rate = args.learning_rate * (batch_size if args.scale_lr else 1)
-    optimizer = make_optimizer(args, unet.parameters(), accelerator.device, learning_rate)
+    optimizer = make_optimizer(args, unet.parameters(), accelerator.device, batch_size if args.scale_lr else 1)
     course = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step}
     lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **course)
     unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
@@ -1037,16 +1036,11 @@ def main(args):
         if args.push_to_hub:
             repo_id = prepare_hub_repository(args)
         prepare_output_dir(args)
-    accelerator.init_trackers(
-        args.tracker_project_name,
-        config=recorded_arguments(args),
-        init_kwargs={"wandb": {"settings": {"x_disable_meta": True}}},  # W&B would keep the command line, token and all
-    )
+    accelerator.init_trackers(args.tracker_project_name, recorded_arguments(args), TRACKER_SETTINGS)
 
     # Loop.
     logger.info(f"{len(dataset)} images, {batch_size} per step, steps {first_step} to {max(first_step, last_step)}")
     log = UpdateLog(accelerator, first_step, last_step)
-    alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
     batches = iter(train_dataloader)
     for step in range(first_step + 1, last_step + 1):
         update_loss = waited = 0
@@ -1073,10 +1067,8 @@ def main(args):
         if save or draw or step % args.logging_steps == 0 or step == last_step:
             log.flush()
         if save:
-            trained = accelerator.unwrap_model(unet)
-            models = {"unet": (trained, None), **({"unet_ema": (trained, ema_unet)} if ema_unet else {})}
-            state = {"step": step, "examples_seen": examples_seen, "seed": seed, "arguments": recorded_arguments(args)}
-            save_checkpoint(accelerator, args.output_dir, models, state, args.checkpoints_total_limit)
+            state = {"step": step, "examples_seen": examples_seen, "seed": seed}
+            save_checkpoint(accelerator, args, "unet", unet, ema_unet, state)
         if draw and accelerator.is_main_process:
             with evaluation_weights(unet, ema_unet):
                 log_validation(pipeline, vae, text_encoder, accelerator, args, seed, step)

@@ -105,10 +105,10 @@ def test_a_failed_save_leaves_the_older_checkpoints_alone(flags, monkeypatch):
 
     flush = train_text_to_image.flush_to_disk
 
-    def full_disk(folder):
+    def full_disk(folder, **options):
         if folder.name == "checkpoint-2.partial":
             raise OSError(28, "No space left on device")
-        return flush(folder)
+        return flush(folder, **options)
 
     monkeypatch.setattr(train_text_to_image, "flush_to_disk", full_disk)
     with pytest.raises(OSError, match="No space left"):

@@ -18,7 +18,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import httpx
+
+try:
+    import httpx2 as httpx  # what huggingface_hub is built on since 2.0
+except ModuleNotFoundError:
+    import httpx
 
 WEIGHTS = bytes(range(256)) * 40
 PICTURE = b"\x89PNG" + bytes(3000)
