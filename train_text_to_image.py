@@ -770,7 +770,7 @@ def prepare_hub_repository(args):
 
 def push_to_hub(args, repo_id):
     """Upload output_dir without checkpoints and logs. Raises RunError with the command that does it by hand."""
-    ignored = ["checkpoint-*", "checkpoint-*/**", f"{args.logging_dir}/**"]
+    ignored = ["checkpoint-*/*", f"{args.logging_dir}/*"]  # `*` stands for any number of sub-folders here
     try:
         api = HfApi(token=args.hub_token)
         api.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
@@ -968,12 +968,12 @@ def main(args):
         text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", **frozen_weights)
         vae = AutoencoderKL.from_pretrained(path, subfolder="vae", **frozen_weights)
         if checkpoint:
-            unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet")
+            unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True)
         else:
             unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **unet_weights)
         ema_start = unet
         if args.use_ema and checkpoint:
-            ema_start = UNet2DConditionModel.from_pretrained(checkpoint / "unet_ema")
+            ema_start = UNet2DConditionModel.from_pretrained(checkpoint / "unet_ema", use_safetensors=True)
         elif args.use_ema and args.non_ema_revision:
             ema_start = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **weights)
         # All that the result is made of, in full precision, so that nothing can be missing after the training.
@@ -994,7 +994,8 @@ def main(args):
     # Data: one stream of examples for the whole run, entered where the checkpoint was made.
     with accelerator.main_process_first():
         dataset = load_train_dataset(args, seed)
-    check_images(dataset, args.image_column)
+    if accelerator.is_main_process:
+        check_images(dataset, args.image_column)
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     examples_left = max(0, args.num_train_epochs * len(dataset) - examples_seen)
     last_step = args.max_train_steps or first_step + math.ceil(examples_left / batch_size)
@@ -1095,4 +1096,6 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except RunError as error:
-        sys.exit("error: " + str(error).rpartition("RunError: ")[2].strip())  # a data worker's comes with its traceback
+        reason = str(error).rpartition("RunError: ")[2].strip()  # from a data worker it comes behind a traceback
+        tqdm.write(f"error: {reason}", file=sys.stderr)
+        sys.exit(1)

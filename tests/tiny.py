@@ -37,12 +37,23 @@ def make_tokenizer(folder):
     return tokenizer
 
 
+def fill(model, seed):
+    """Set all weights by NumPy: a library's own initialisation may change from one release to the next."""
+    rng = np.random.default_rng(seed)
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.ndim == 1:
+            values = np.full(parameter.shape, float("norm" in name and name.endswith("weight")))
+        else:
+            values = rng.standard_normal(parameter.shape) / parameter[0].numel() ** 0.5
+        parameter.data.copy_(torch.from_numpy(values))
+    return model
+
+
 def make_stable_diffusion(folder, version=1, prediction_type="epsilon", zero_terminal_snr=False, seed=0):
     """Write a Stable Diffusion pipeline of random weights, in the layout of SD 1.x or 2.x (`version`), and return it.
 
     Its VAE shrinks 4 times; it draws RESOLUTION px. The weights are a function of `seed`.
     """
-    torch.manual_seed(seed)
     tokenizer = make_tokenizer(Path(folder) / "tokenizer")
     text_config = CLIPTextConfig(
         vocab_size=len(tokenizer),
@@ -86,10 +97,10 @@ def make_stable_diffusion(folder, version=1, prediction_type="epsilon", zero_ter
     if zero_terminal_snr:
         scheduler.register_to_config(rescale_betas_zero_snr=True)
     pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(text_config),
+        vae=fill(vae, seed),
+        text_encoder=fill(CLIPTextModel(text_config), seed + 1),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=fill(unet, seed + 2),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

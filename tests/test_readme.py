@@ -1,0 +1,105 @@
+"""Every command of the README, run as it stands there: only sizes are cut, by flags appended, and names served here."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from conftest import ROOT
+from hub import Hub
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SMALL = ["--resolution=32", "--max_train_steps=2", "--checkpointing_steps=1", "--mixed_precision=no"]
+RUN_ELSEWHERE = {
+    "make demo": "by hand, and its parts by test_shapes.py",
+    "make test": "what runs this",
+    "make lint": "by .ci/run",
+    "pip install -r requirements.txt": "by the Makefile",
+    "tensorboard --logdir my_model/logs": "a server; the events are read back in test_training.py",
+}
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def commands():
+    text = "".join(blocks("bash")).replace("\\\n", " ")
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+TRAINING = [command for command in commands() if "train_text_to_image" in command]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with my_images, and a Hub that holds tiny models and data sets by the names in the README."""
+    folder = tmp_path_factory.mktemp("readme")
+    tiny.make_images(folder / "my_images")
+    tiny.make_stable_diffusion(folder / "sd")
+    with Hub() as hub:
+        hub.add_repo("stable-diffusion-v1-5/stable-diffusion-v1-5", folder / "sd")
+        hub.add_repo("lambdalabs/naruto-blip-captions", folder / "my_images", repo_type="dataset")
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        yield folder, {**hub.environment(), "PATH": path, "PYTHONPATH": str(ROOT)}
+
+
+def check(command, workplace):
+    folder, environment = workplace
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    return result
+
+
+def test_every_command_is_run_or_accounted_for():
+    assert set(commands()) == set(TRAINING) | RUN_ELSEWHERE.keys()
+    assert len(TRAINING) == 4
+    assert len(blocks("python")) == 3
+
+
+@pytest.mark.parametrize("command", [c for c in TRAINING if "--resume" not in c], ids=lambda c: c[:60])
+def test_training_command(command, workplace):
+    words = shlex.split(command)
+    words[words.index("train_text_to_image.py")] = str(ROOT / "train_text_to_image.py")
+    if "--num_processes=8" in words:
+        words[words.index("--num_processes=8")] = "--num_processes=2"
+        words.insert(2, "--cpu")
+    folder = Path(words[-1].removeprefix("--output_dir="))
+    check([*words, *SMALL, f"--output_dir={folder}-{TRAINING.index(command)}"], workplace)
+
+
+def test_resume_command_and_the_code_that_uses_the_result(workplace):
+    """The first training command of the README, the one that resumes it, then the two ways of using the result."""
+    folder, environment = workplace
+    script = str(ROOT / "train_text_to_image.py")
+    first, resume = TRAINING[0], next(command for command in TRAINING if "--resume" in command)
+    assert resume == f"{first} --resume_from_checkpoint"
+    for command in (first, resume):
+        words = [script if word == "train_text_to_image.py" else word for word in shlex.split(command)]
+        steps = "--max_train_steps=3" if command is resume else "--max_train_steps=2"
+        result = check([*words, *SMALL, steps], workplace)
+    assert "going on from my_model/checkpoint-2" in result.stderr
+    for code in blocks("python")[1:]:
+        code = code.replace("checkpoint-500", "checkpoint-3")
+        check([sys.executable, "-c", code], workplace)
+        assert (folder / "picture.png").is_file()
+        (folder / "picture.png").unlink()
+
+
+def test_notebook(workplace):
+    code = blocks("python")[0].replace("--max_train_steps=2000", " ".join(SMALL)).replace("=my_model", "=from_notebook")
+    check([sys.executable, "-c", code], workplace)
+    assert (workplace[0] / "from_notebook" / "model_index.json").is_file()
+
+
+def test_the_number_of_flags_is_true():
+    from train_text_to_image import parse_args
+
+    flags = vars(parse_args(["--pretrained_model_name_or_path", "a", "--train_data_dir", "b"]))
+    assert f"lists all {len(flags)}" in README
+    for name in re.findall(r"`--(\w+)`", README):
+        assert name in flags or name in ("num_processes",), name
