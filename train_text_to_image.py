@@ -16,6 +16,7 @@ scheduler says, and w(t) is 1 or the Min-SNR weight (Hang et al. 2023, arXiv:230
 import argparse
 import contextlib
 import functools
+import glob
 import io
 import json
 import logging
@@ -218,7 +219,7 @@ def load_train_dataset(args, seed):
         if not any(path.is_file() for path in folder.rglob("*")):
             raise RunError(f"--train_data_dir {folder}: the folder is empty")
         with naming(f"--train_data_dir {folder}"):
-            files = {"train": str(folder / "**")}
+            files = {"train": glob.escape(str(folder)) + "/**"}
             dataset = datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
     if isinstance(dataset, dict):
         if "train" not in dataset:
@@ -227,6 +228,7 @@ def load_train_dataset(args, seed):
     if len(dataset) == 0:
         raise RunError(f"{folder}: the data set has no rows")
     check_columns(dataset, args)
+    dataset = dataset.select_columns([args.image_column, args.caption_column])
     if args.max_train_samples:
         dataset = dataset.select(random_generator(seed, 3).permutation(len(dataset))[: args.max_train_samples])
     return dataset.cast_column(args.image_column, datasets.Image(decode=False))

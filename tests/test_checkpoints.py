@@ -163,6 +163,16 @@ def test_resume_is_exact(flags, caption_lists_folder, tmp_path):
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+def test_resume_with_8_bit_adam_is_exact(flags, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, see requirements.txt")
+    flags |= {"use_8bit_adam": True, "max_train_steps": 4, "checkpointing_steps": 2, "learning_rate": 1e-3}
+    run(flags)
+    expected = (flags["output_dir"] / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    shutil.rmtree(flags["output_dir"] / "checkpoint-4")
+    run({**flags, "resume_from_checkpoint": "latest"})
+    assert (flags["output_dir"] / "unet" / "diffusion_pytorch_model.safetensors").read_bytes() == expected
+
+
 def test_resume_keeps_a_seed_that_was_drawn(flags):
     run({**flags, "seed": None, "checkpointing_steps": 1, "max_train_steps": 1})
     run({**flags, "seed": None, "checkpointing_steps": 1, "max_train_steps": 2, "resume_from_checkpoint": "latest"})

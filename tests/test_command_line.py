@@ -51,6 +51,14 @@ def test_the_flags_that_upstream_does_not_have():
     assert {f"--{name}" for name in parse()} - set(UPSTREAM) == NEW
 
 
+def test_help_describes_every_flag(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_args(["--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert all(flag in text for flag in {*UPSTREAM, *NEW})
+
+
 def test_resume_with_no_value_means_latest():
     assert parse("--resume_from_checkpoint")["resume_from_checkpoint"] == "latest"
 

@@ -204,6 +204,19 @@ def test_a_folder_a_saved_data_set_and_a_parquet_folder_are_the_same(images_fold
         assert read_image(dataset[0]["image"]).tobytes() == read_image(from_folder[0]["image"]).tobytes()
 
 
+def test_a_folder_whose_name_looks_like_a_pattern(images_folder, tmp_path):
+    folder = tmp_path / "my [best] images*"
+    shutil.copytree(images_folder, folder)
+    assert len(load_train_dataset(data_arguments(train_data_dir=str(folder)), seed=0)) == 8
+
+
+def test_max_train_samples_are_drawn_by_the_seed(images_folder):
+    arguments = data_arguments(train_data_dir=str(images_folder), max_train_samples=3)
+    drawn = [[row["image"]["path"] for row in load_train_dataset(arguments, seed)] for seed in (0, 0, 1)]
+    assert [len(set(paths)) for paths in drawn] == [3, 3, 3]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_sub_folders_belong_to_the_training_split(images_folder, tmp_path):
     for name in ("train", "test"):  # names that `datasets` would take for splits
         shutil.copytree(images_folder, tmp_path / name)

@@ -80,7 +80,7 @@ def test_the_frozen_parts_keep_their_precision_in_a_bf16_run(flags, pipeline_fol
     [
         {"snr_gamma": 5.0, "noise_offset": 0.1, "input_perturbation": 0.1, "dream_training": True},
         {"prediction_type": "v_prediction", "dream_training": True},
-        {"prediction_type": "sample", "snr_gamma": 5.0},
+        {"prediction_type": "sample", "snr_gamma": 5.0, "resolution": 36},
         {"gradient_checkpointing": True, "use_8bit_adam": True, "allow_tf32": True},
         {"use_ema": True, "offload_ema": True, "foreach_ema": True, "scale_lr": True},
         {"max_train_samples": 3, "center_crop": True, "image_interpolation_mode": "bicubic", "max_grad_norm": 0.1},
