@@ -198,11 +198,12 @@ def naming(what):
         raise RunError(f"{what}: {lines[0] if lines else type(error).__name__}") from error
 
 
-def load_train_dataset(args, seed):
+def load_train_dataset(args, columns, seed):
     """Load the training split that the data flags name, or --max_train_samples rows of it drawn by `seed`.
 
-    Returns a `datasets.Dataset` whose image column gives {"bytes", "path"}, undecoded, so that an image which can't be
-    read is named. Raises RunError for a data set, column or caption that is not as the flags say.
+    columns: the flags that name the columns to load, such as ["image_column"]. Returns a `datasets.Dataset` whose image
+    column gives {"bytes", "path"}, undecoded, so that an image which can't be read is named. Raises RunError for a
+    data set, column or caption that is not as the flags say.
     """
     folder = Path(args.dataset_name or args.train_data_dir)
     if args.dataset_name and ((folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()):
@@ -227,27 +228,27 @@ def load_train_dataset(args, seed):
         dataset = dataset["train"]
     if len(dataset) == 0:
         raise RunError(f"{folder}: the data set has no rows")
-    check_columns(dataset, args)
-    dataset = dataset.select_columns([args.image_column, args.caption_column])
+    for flag in columns:
+        check_column(dataset, flag, getattr(args, flag))
+    dataset = dataset.select_columns([getattr(args, flag) for flag in columns])
     if args.max_train_samples:
         dataset = dataset.select(random_generator(seed, 3).permutation(len(dataset))[: args.max_train_samples])
     return dataset.cast_column(args.image_column, datasets.Image(decode=False))
 
 
-def check_columns(dataset, args):
-    """Raise RunError unless the image column holds images and every row of the caption column text or lists of it."""
-    for flag in ("image_column", "caption_column"):
-        column = getattr(args, flag)
-        if column not in dataset.column_names:
-            raise RunError(f"--{flag} {column}: no such column; there are {', '.join(dataset.column_names)}")
-    feature = dataset.features[args.image_column]
-    if not isinstance(feature, datasets.Image):
-        raise RunError(f"--image_column {args.image_column}: holds {feature}, not images")
-    feature = dataset.features[args.caption_column]
+def check_column(dataset, flag, column):
+    """Raise RunError unless `column` is there and holds images (flag "image_column"), or text or lists of text."""
+    if column not in dataset.column_names:
+        raise RunError(f"--{flag} {column}: no such column; there are {', '.join(dataset.column_names)}")
+    feature = dataset.features[column]
+    if flag == "image_column":
+        if not isinstance(feature, datasets.Image):
+            raise RunError(f"--{flag} {column}: holds {feature}, not images")
+        return
     text = getattr(feature, "feature", feature)  # of a list, its elements
     if getattr(text, "dtype", None) not in ("string", "large_string"):
-        raise RunError(f"--caption_column {args.caption_column}: holds {feature}, not text or lists of text")
-    captions = dataset.select_columns(args.caption_column).with_format("arrow")[:][args.caption_column].combine_chunks()
+        raise RunError(f"--{flag} {column}: holds {feature}, not text or lists of text")
+    captions = dataset.select_columns(column).with_format("arrow")[:][column].combine_chunks()
     missing = captions.is_null()
     if text is not feature:
         hollow = compute.list_parent_indices(captions).filter(compute.list_flatten(captions).is_null())
@@ -256,7 +257,7 @@ def check_columns(dataset, args):
         missing = compute.or_kleene(compute.or_kleene(missing, empty), compute.is_in(rows, hollow))
     row = compute.index(missing, True).as_py()
     if row >= 0:
-        raise RunError(f"--caption_column {args.caption_column}: row {row} has no caption")
+        raise RunError(f"--{flag} {column}: row {row} has no caption")
 
 
 def check_images(dataset, image_column, limit=1000):
@@ -900,10 +901,10 @@ def make_optimizer(args, parameters, device, scale):
     )
 
 
-def check_output_dir(args):
-    """Raise RunError if the result can't be written to output_dir. Writes nothing."""
-    output_dir = Path(args.output_dir)
-    if output_dir.resolve() == Path(args.pretrained_model_name_or_path).resolve():
+def check_output_dir(output_dir, models):
+    """Raise RunError if the result can't be written to output_dir, or would overwrite one of `models` (paths)."""
+    output_dir = Path(output_dir)
+    if output_dir.resolve() in [Path(model).resolve() for model in models]:
         raise RunError(f"--output_dir {output_dir}: is the model to start from, which would be overwritten")
     existing = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
     if not existing.is_dir():
@@ -933,7 +934,7 @@ def validation_due(args, step, examples_before, examples_after, num_rows):
 
 def main(args):
     """Train as `args` (from `parse_args`) say. Every launcher ends here. Raises RunError."""
-    check_output_dir(args)
+    check_output_dir(args.output_dir, [args.pretrained_model_name_or_path])
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -995,7 +996,7 @@ def main(args):
 
     # Data: one stream of examples for the whole run, entered where the checkpoint was made.
     with accelerator.main_process_first():
-        dataset = load_train_dataset(args, seed)
+        dataset = load_train_dataset(args, ["image_column", "caption_column"], seed)
     if accelerator.is_main_process:
         check_images(dataset, args.image_column)
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps

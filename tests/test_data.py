@@ -181,6 +181,9 @@ def test_tokens_are_clip_s(pipeline_folder):
 # Data sets ------------------------------------------------------------------------------------------------------------
 
 
+COLUMNS = ["image_column", "caption_column"]
+
+
 def data_arguments(**changes):
     names = ("dataset_name", "dataset_config_name", "train_data_dir", "cache_dir", "max_train_samples")
     columns = {"image_column": "image", "caption_column": "text"}
@@ -192,14 +195,14 @@ def captions_of(dataset):
 
 
 def test_a_folder_a_saved_data_set_and_a_parquet_folder_are_the_same(images_folder, tmp_path):
-    from_folder = load_train_dataset(data_arguments(train_data_dir=str(images_folder)), seed=0)
+    from_folder = load_train_dataset(data_arguments(train_data_dir=str(images_folder)), COLUMNS, seed=0)
     images = datasets.load_dataset("imagefolder", data_files={"train": str(images_folder / "**")})
     images.save_to_disk(tmp_path / "dict")
     images["train"].save_to_disk(tmp_path / "split")
     (tmp_path / "parquet").mkdir()
     images["train"].to_parquet(tmp_path / "parquet" / "train.parquet")
     for name in ("dict", "split", "parquet"):
-        dataset = load_train_dataset(data_arguments(dataset_name=str(tmp_path / name)), seed=0)
+        dataset = load_train_dataset(data_arguments(dataset_name=str(tmp_path / name)), COLUMNS, seed=0)
         assert captions_of(dataset) == captions_of(from_folder)
         assert read_image(dataset[0]["image"]).tobytes() == read_image(from_folder[0]["image"]).tobytes()
 
@@ -207,12 +210,12 @@ def test_a_folder_a_saved_data_set_and_a_parquet_folder_are_the_same(images_fold
 def test_a_folder_whose_name_looks_like_a_pattern(images_folder, tmp_path):
     folder = tmp_path / "my [best] images*"
     shutil.copytree(images_folder, folder)
-    assert len(load_train_dataset(data_arguments(train_data_dir=str(folder)), seed=0)) == 8
+    assert len(load_train_dataset(data_arguments(train_data_dir=str(folder)), COLUMNS, seed=0)) == 8
 
 
 def test_max_train_samples_are_drawn_by_the_seed(images_folder):
     arguments = data_arguments(train_data_dir=str(images_folder), max_train_samples=3)
-    drawn = [[row["image"]["path"] for row in load_train_dataset(arguments, seed)] for seed in (0, 0, 1)]
+    drawn = [[row["image"]["path"] for row in load_train_dataset(arguments, COLUMNS, seed)] for seed in (0, 0, 1)]
     assert [len(set(paths)) for paths in drawn] == [3, 3, 3]
     assert drawn[0] == drawn[1] != drawn[2]
 
@@ -220,7 +223,7 @@ def test_max_train_samples_are_drawn_by_the_seed(images_folder):
 def test_sub_folders_belong_to_the_training_split(images_folder, tmp_path):
     for name in ("train", "test"):  # names that `datasets` would take for splits
         shutil.copytree(images_folder, tmp_path / name)
-    assert len(load_train_dataset(data_arguments(train_data_dir=str(tmp_path)), seed=0)) == 16
+    assert len(load_train_dataset(data_arguments(train_data_dir=str(tmp_path)), COLUMNS, seed=0)) == 16
 
 
 def write_rows(folder, rows):
@@ -245,22 +248,22 @@ def write_rows(folder, rows):
 def test_captions_that_are_no_text_are_refused(tmp_path, captions, message):
     rows = [{"file_name": f"{index}.png", "text": caption} for index, caption in enumerate(captions)]
     with pytest.raises(RunError, match=f"--caption_column text: .*{message}"):
-        load_train_dataset(write_rows(tmp_path / "data", rows), seed=0)
+        load_train_dataset(write_rows(tmp_path / "data", rows), COLUMNS, seed=0)
 
 
 def test_a_column_that_is_not_there_lists_those_that_are(images_folder):
     for flag in ("image_column", "caption_column"):
         with pytest.raises(RunError, match=f"--{flag} nothing: no such column; there are image, text"):
-            load_train_dataset(data_arguments(train_data_dir=str(images_folder), **{flag: "nothing"}), seed=0)
+            load_train_dataset(data_arguments(train_data_dir=str(images_folder), **{flag: "nothing"}), COLUMNS, seed=0)
     with pytest.raises(RunError, match="--image_column text: holds .*, not images"):
-        load_train_dataset(data_arguments(train_data_dir=str(images_folder), image_column="text"), seed=0)
+        load_train_dataset(data_arguments(train_data_dir=str(images_folder), image_column="text"), COLUMNS, seed=0)
 
 
 def test_a_bad_image_is_found_before_the_training_and_named(tmp_path):
     arguments = write_rows(tmp_path / "data", [{"file_name": f"{index}.png", "text": "a"} for index in range(5)])
     (tmp_path / "data" / "3.png").write_bytes(b"not a picture")
     with pytest.raises(RunError, match=r"row 3: image .*3\.png cannot be read"):
-        check_images(load_train_dataset(arguments, seed=0), "image")
+        check_images(load_train_dataset(arguments, COLUMNS, seed=0), "image")
 
 
 # The stream of positions ----------------------------------------------------------------------------------------------
@@ -272,7 +275,7 @@ def stream(caption_lists_folder, pipeline_folder):
     arguments = data_arguments(train_data_dir=str(caption_lists_folder))
     settings = {"resolution": 32, "image_interpolation_mode": "lanczos", "center_crop": False, "random_flip": True}
     settings |= {"proportion_empty_prompts": 0.3, "noise_offset": 0.1, "input_perturbation": 0.1}
-    dataset = load_train_dataset(arguments, seed=0)
+    dataset = load_train_dataset(arguments, COLUMNS, seed=0)
     arguments = argparse.Namespace(**vars(arguments), **settings)
     tokenizer = tiny.make_tokenizer(pipeline_folder / "tokenizer")
     preprocess = functools.partial(preprocess_train, arguments, tokenizer, (4, 8, 8), 1000)
