@@ -961,9 +961,8 @@ def main(args):
     # Models: the UNet in float32, the frozen ones in the precision of the mixed-precision mode.
     path, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
     weights = {**hub, "variant": args.variant, "use_safetensors": True, "dtype": torch.float32}
-    frozen_weights, unet_weights = {**weights, "dtype": weight_dtype}, {**weights}
-    if args.non_ema_revision:
-        unet_weights["revision"] = args.non_ema_revision
+    unet_weights = {**weights, "revision": args.non_ema_revision or args.revision}
+    frozen_weights = {**weights, "dtype": weight_dtype}
     check_model_folder("pretrained_model_name_or_path", path, ["scheduler", "tokenizer", "text_encoder", "vae", "unet"])
     with naming(f"--pretrained_model_name_or_path {path}" + (f", {checkpoint}" if checkpoint else "")):
         noise_scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **hub)
