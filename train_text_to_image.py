@@ -322,11 +322,9 @@ def choose_caption(captions, proportion_empty_prompts, rng):
 
 
 def tokenize_captions(captions, tokenizer):
-    """Tokenize a caption, or a list of them, to int64 ids of the tokenizer's full length: (77,) or (n, 77)."""
-    inputs = tokenizer(
-        captions, max_length=tokenizer.model_max_length, padding="max_length", truncation=True, return_tensors="pt"
-    )
-    return inputs.input_ids[0] if isinstance(captions, str) else inputs.input_ids
+    """Tokenize n captions (list of str) to tensors "input_ids" and "attention_mask", (n, 77) at CLIP's length."""
+    length = tokenizer.model_max_length
+    return tokenizer(captions, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
 
 
 def preprocess_train(args, tokenizer, latents_shape, num_train_timesteps, row, rng):
@@ -343,7 +341,7 @@ def preprocess_train(args, tokenizer, latents_shape, num_train_timesteps, row, r
     crop = (args.resolution, args.image_interpolation_mode, args.center_crop, args.random_flip)
     pixel_values = train_transforms(read_image(row[args.image_column]), *crop, rng)
     caption = choose_caption(row[args.caption_column], args.proportion_empty_prompts, rng)
-    example = {"pixel_values": pixel_values, "input_ids": tokenize_captions(caption, tokenizer)}
+    example = {"pixel_values": pixel_values, "input_ids": tokenize_captions([caption], tokenizer).input_ids[0]}
     example["posterior_noise"] = normal(*latents_shape)
     example["timesteps"] = torch.tensor(rng.integers(num_train_timesteps))
     example["noise"] = normal(*latents_shape)
@@ -642,18 +640,28 @@ def evaluation_weights(model, ema):
 def log_validation(pipeline, vae, text_encoder, accelerator, args, seed, step):
     """Draw every validation prompt, each from noise of its own that is the same at every step of the run.
 
-    pipeline: the result's `StableDiffusionPipeline`; vae, text_encoder: their copies on the training device. Writes a
-    PNG grid, also to the trackers, and returns its path.
+    pipeline: the result's `StableDiffusionPipeline`; vae, text_encoder: their copies on the training device. Returns
+    the Path of the grid.
     """
     images = []
     on_device = {"vae": vae, "text_encoder": text_encoder, "safety_checker": None}
     pipeline = StableDiffusionPipeline(**{**pipeline.components, **on_device}, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
+    size = {"height": args.resolution, "width": args.resolution}
     for index, prompt in enumerate(args.validation_prompts):
-        generator = torch.Generator().manual_seed(int(random_generator(seed, 2, index).integers(2**32)))
-        size = {"height": args.resolution, "width": args.resolution}
+        generator = validation_generator(seed, index)
         with torch.no_grad(), accelerator.autocast():
             images += pipeline(prompt, num_inference_steps=20, generator=generator, **size).images
+    return save_validation(images, accelerator, args, step)
+
+
+def validation_generator(seed, index):
+    """The `torch.Generator` of validation prompt number `index` in the run of `seed`, on the CPU."""
+    return torch.Generator().manual_seed(int(random_generator(seed, 2, index).integers(2**32)))
+
+
+def save_validation(images, accelerator, args, step):
+    """Write the images (list of `PIL.Image`) as one PNG grid, and to the trackers. Returns the grid's Path."""
     path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
     path.parent.mkdir(exist_ok=True)
     grid = torchvision.utils.make_grid([transforms.to_tensor(image) for image in images], nrow=4)

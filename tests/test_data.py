@@ -170,12 +170,12 @@ def test_captions_are_drawn_evenly_and_dropped_in_the_given_share():
 
 def test_tokens_are_clip_s(pipeline_folder):
     tokenizer = tiny.make_tokenizer(pipeline_folder / "tokenizer")
-    ids = tokenize_captions("a picture of red dots", tokenizer)
+    tokens = tokenize_captions(["a picture of red dots"], tokenizer)
+    ids = tokens.input_ids[0]
     words = ["<|startoftext|>", "a</w>", "picture</w>", "of</w>", "red</w>", "dots</w>", "<|endoftext|>"]
     assert tokenizer.convert_ids_to_tokens(ids[:7]) == words
-    assert ids.shape == (77,)
-    assert tokenize_captions(["a"] * 3, tokenizer).shape == (3, 77)
-    assert tokenize_captions("dots " * 100, tokenizer).shape == (77,)
+    assert tokens.attention_mask[0].tolist() == [1] * 7 + [0] * 70
+    assert tokenize_captions(["a", "dots " * 100], tokenizer).input_ids.shape == (2, 77)
 
 
 # Data sets ------------------------------------------------------------------------------------------------------------
