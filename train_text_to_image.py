@@ -727,45 +727,40 @@ def recorded_arguments(args):
     return {name: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for name, v in values.items()}
 
 
-def save_model_card(args, repo_id, steps, validation_image):
-    """Write output_dir/README.md. repo_id: name of the model; validation_image: Path of the last grid, or None."""
+def describe_result(args, repo_id, steps):
+    """What the model card says of this kind of model: (metadata, one sentence, Python code that uses it)."""
     base, source = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
-    data = ModelCardData(
-        base_model=None if Path(base).exists() else base,  # the Hub takes only its own ids here, no paths
-        datasets=None if Path(source).exists() else [source],
+    metadata = ModelCardData(
+        base_model=hub_id(base),
+        datasets=hub_id(source),
         library_name="diffusers",
         tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"],
     )
-    prompts = [json.dumps(prompt, ensure_ascii=False) for prompt in args.validation_prompts or ["a prompt"]]
-    pictures = ""
-    if validation_image:
-        drawn = "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(prompts, 1))
-        path = validation_image.relative_to(args.output_dir).as_posix()
-        pictures = f"![pictures of the validation prompts]({path})\n\nThe pictures, row by row:\n\n{drawn}\n"
-    card = f"""---
-{data.to_yaml()}
----
-
-# {repo_id}
-
-`{base}`, fine-tuned on `{source}` for {steps} updates of its UNet.
-
-{pictures}
-## Use
-
-```python
-from diffusers import StableDiffusionPipeline
+    prompt = json.dumps((args.validation_prompts or ["a prompt"])[0], ensure_ascii=False)
+    usage = f"""from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained({json.dumps(repo_id)})
-pipeline({prompts[0]}).images[0].save("picture.png")
-```
+pipeline({prompt}).images[0].save("picture.png")"""
+    return metadata, f"`{base}`, fine-tuned on `{source}` for {steps} updates of its UNet.", usage
 
-## Flags of the training run
 
-```json
-{json.dumps(recorded_arguments(args), indent=2, ensure_ascii=False)}
-```
-"""
+def hub_id(name):
+    """`name` if it is an id on the Hub, None if it is a local folder, which the Hub takes for no id."""
+    return None if Path(name).exists() else name
+
+
+def save_model_card(args, repo_id, description, validation_image):
+    """Write output_dir/README.md from what `describe_result` says. validation_image: Path of the last grid, or None."""
+    metadata, sentence, usage = description
+    pictures = ""
+    if validation_image:
+        prompts = [json.dumps(prompt, ensure_ascii=False) for prompt in args.validation_prompts]
+        drawn = "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(prompts, 1))
+        path = validation_image.relative_to(args.output_dir).as_posix()
+        pictures = f"![pictures of the validation prompts]({path})\n\nThe pictures, row by row:\n\n{drawn}\n\n"
+    flags = json.dumps(recorded_arguments(args), indent=2, ensure_ascii=False)
+    card = f"---\n{metadata.to_yaml()}\n---\n\n# {repo_id}\n\n{sentence}\n\n{pictures}"
+    card += f"## Use\n\n```python\n{usage}\n```\n\n## Flags of the training run\n\n```json\n{flags}\n```\n"
     (Path(args.output_dir) / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -1095,7 +1090,7 @@ def main(args):
             if args.validation_prompts:
                 validation_image = log_validation(pipeline, vae, text_encoder, accelerator, args, seed, last_step)
             pipeline.save_pretrained(args.output_dir)
-        save_model_card(args, repo_id, last_step, validation_image)
+        save_model_card(args, repo_id, describe_result(args, repo_id, last_step), validation_image)
         logger.info(f"saved the pipeline in {args.output_dir}")
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:

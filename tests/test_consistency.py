@@ -21,7 +21,15 @@ BANNERS = ["Command line", "Data", "Objective", "Checkpoints", "Reporting", "Tra
 BANNERS_FLAX = ["Command line", "Data", "Models", "Objective", "Checkpoints", "Reporting", "Training"]
 
 # What each script has of its own by nature, under a name that the published guide or every script uses.
-OWN = {"parse_args", "preprocess_train", "training_loss", "log_validation", "save_model_card", "main"}
+OWN = {
+    "parse_args",
+    "preprocess_train",
+    "training_loss",
+    "check_architecture",
+    "log_validation",
+    "describe_result",
+    "main",
+}
 # The same names and formulas in torch and in jnp, tested against one stored table of values.
 OBJECTIVE = {"add_noise", "prediction_target", "signal_to_noise_ratio", "min_snr_weight", "weighted_squared_error"}
 # Flags that differ on purpose: {flag: why}.
