@@ -36,7 +36,6 @@ import diffusers
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
-import pyarrow
 import torch
 import torchvision
 import transformers
@@ -66,7 +65,8 @@ class RunError(Exception):
 
 def parse_args(input_args=None):
     """Read the flags of `input_args` (list of str; None: the command line). Impossible values end with status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s FLAGS (--help lists them)"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=raw)
     choices_of_interpolation = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
@@ -74,7 +74,7 @@ def parse_args(input_args=None):
     add("--pretrained_model_name_or_path", required=True, help="pipeline to start from: a folder or a Hub id")
     add("--revision", help="branch, tag or commit of the pipeline on the Hub")
     add("--variant", help="variant of its weight files, such as fp16")
-    add("--non_ema_revision", help="Hub revision of the UNet to train; --revision then gives the start of its EMA")
+    add("--non_ema_revision", help="Hub revision of the UNet to train, if it is not --revision")
     add("--cache_dir", help="where downloads of models and data sets are kept")
 
     add = parser.add_argument_group("data").add_argument
@@ -173,8 +173,10 @@ def check_args(parser, args):
     for rule, names in flags.items():
         for name in names.split():
             value = getattr(args, name, None)
-            if value is not None and not rules[rule](value):
+            if value is not None and not (rules[rule](value) and (value < math.inf or name == "max_grad_norm")):
                 parser.error(f"argument --{name}: {rule}, not {value}")
+    if os.path.normpath(args.logging_dir) == ".":
+        parser.error("argument --logging_dir: must name a folder of its own")
     if not args.dataset_name and not args.train_data_dir:
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
 
@@ -182,6 +184,11 @@ def check_args(parser, args):
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def first_line(error):
+    """The first line of what an exception says that is not empty, or else the name of its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextlib.contextmanager
@@ -194,8 +201,7 @@ def naming(what):
     except Exception as error:  # libraries raise all kinds here, and wrap the telling one in others
         while error.__cause__ is not None:
             error = error.__cause__
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise RunError(f"{what}: {lines[0] if lines else type(error).__name__}") from error
+        raise RunError(f"{what}: {first_line(error)}") from error
 
 
 def load_train_dataset(args, columns, seed):
@@ -217,8 +223,9 @@ def load_train_dataset(args, columns, seed):
     else:
         if not folder.is_dir():
             raise RunError(f"--train_data_dir {folder}: there is no such folder")
-        if not any(path.is_file() for path in folder.rglob("*")):
-            raise RunError(f"--train_data_dir {folder}: the folder is empty")
+        kinds = PIL.Image.registered_extensions()
+        if not any(path.suffix.lower() in kinds for path in folder.rglob("*")):
+            raise RunError(f"--train_data_dir {folder}: there are no images in it")
         with naming(f"--train_data_dir {folder}"):
             files = {"train": glob.escape(str(folder)) + "/**"}
             dataset = datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
@@ -239,25 +246,19 @@ def load_train_dataset(args, columns, seed):
 def check_column(dataset, flag, column):
     """Raise RunError unless `column` is there and holds images (flag "image_column"), or text or lists of text."""
     if column not in dataset.column_names:
-        raise RunError(f"--{flag} {column}: no such column; there are {', '.join(dataset.column_names)}")
+        hint = "" if len(dataset.column_names) > 1 else "; captions of a folder stand in its metadata.jsonl"
+        raise RunError(f"--{flag} {column}: no such column; there are {', '.join(dataset.column_names)}{hint}")
     feature = dataset.features[column]
-    if flag == "image_column":
-        if not isinstance(feature, datasets.Image):
-            raise RunError(f"--{flag} {column}: holds {feature}, not images")
-        return
+    if flag == "image_column" and not isinstance(feature, datasets.Image):
+        raise RunError(f"--{flag} {column}: holds {feature}, not images")
     text = getattr(feature, "feature", feature)  # of a list, its elements
-    if getattr(text, "dtype", None) not in ("string", "large_string"):
+    if flag == "caption_column" and getattr(text, "dtype", None) not in ("string", "large_string"):
         raise RunError(f"--{flag} {column}: holds {feature}, not text or lists of text")
-    captions = dataset.select_columns(column).with_format("arrow")[:][column].combine_chunks()
-    missing = captions.is_null()
-    if text is not feature:
-        hollow = compute.list_parent_indices(captions).filter(compute.list_flatten(captions).is_null())
-        empty = compute.equal(compute.list_value_length(captions), 0)
-        rows = pyarrow.array(range(len(captions)))
-        missing = compute.or_kleene(compute.or_kleene(missing, empty), compute.is_in(rows, hollow))
-    row = compute.index(missing, True).as_py()
+    row = compute.index(dataset.data.column(column).is_null(), True).as_py()  # -1 if there is none
+    if row < 0 and text is not feature:
+        row = next((row for row, captions in enumerate(dataset[column]) if not captions or None in captions), -1)
     if row >= 0:
-        raise RunError(f"--{flag} {column}: row {row} has no caption")
+        raise RunError(f"--{flag} {column}: row {row} is empty")
 
 
 def check_images(dataset, image_column, limit=1000):
@@ -404,9 +405,7 @@ def prediction_target(prediction_type, clean, noise, alphas_cumprod):
         return noise
     if prediction_type == "v_prediction":
         return alphas_cumprod.sqrt() * noise - (1 - alphas_cumprod).sqrt() * clean
-    if prediction_type == "sample":
-        return clean
-    raise ValueError(f"unknown prediction type {prediction_type}: epsilon, v_prediction and sample are known")
+    return clean
 
 
 def predicted_noise(prediction_type, prediction, noisy, alphas_cumprod):
@@ -415,9 +414,7 @@ def predicted_noise(prediction_type, prediction, noisy, alphas_cumprod):
         return prediction
     if prediction_type == "v_prediction":
         return alphas_cumprod.sqrt() * prediction + (1 - alphas_cumprod).sqrt() * noisy
-    if prediction_type == "sample":
-        return (noisy - alphas_cumprod.sqrt() * prediction) / (1 - alphas_cumprod).sqrt()
-    raise ValueError(f"unknown prediction type {prediction_type}: epsilon, v_prediction and sample are known")
+    return (noisy - alphas_cumprod.sqrt() * prediction) / (1 - alphas_cumprod).sqrt()
 
 
 def signal_to_noise_ratio(alphas_cumprod):
@@ -435,9 +432,7 @@ def min_snr_weight(prediction_type, snr, gamma):
         return (gamma / snr).clamp(max=1)
     if prediction_type == "v_prediction":
         return snr.clamp(max=gamma) / (snr + 1)
-    if prediction_type == "sample":
-        return snr.clamp(max=gamma)
-    raise ValueError(f"unknown prediction type {prediction_type}: epsilon, v_prediction and sample are known")
+    return snr.clamp(max=gamma)
 
 
 def dream(noisy, noise, predicted, alphas_cumprod, detail_preservation):
@@ -493,9 +488,13 @@ def training_loss(batch, unet, vae, text_encoder, alphas_cumprod, prediction_typ
 
 def check_objective(prediction_type, alphas_cumprod):
     """Raise RunError if the pair can't be trained: at zero terminal SNR, x_t is ε itself and says nothing of x_0."""
+    if prediction_type not in ("epsilon", "v_prediction", "sample"):
+        raise RunError(
+            f"prediction type {prediction_type}: of the scheduler's, only epsilon, v_prediction and sample are known"
+        )
     if prediction_type == "epsilon" and alphas_cumprod[-1] < 1e-6:
         raise RunError(
-            "--prediction_type epsilon: the scheduler has zero terminal SNR, where the input is pure noise and "
+            "prediction type epsilon: the scheduler has zero terminal SNR, where the input is pure noise and "
             "predicting it teaches nothing about the image; use v_prediction or sample"
         )
 
@@ -516,17 +515,17 @@ def list_checkpoints(output_dir):
 def find_checkpoint(output_dir, wanted):
     """Say where a run starts; `wanted` is the value of --resume_from_checkpoint. Returns a Path, or None for anew.
 
-    In this order: no flag: anew, if `output_dir` holds no checkpoints that would be lost; "latest": the one with the
-    highest step, anew if there is none; a folder that exists, "checkpoint-<step>" or "<step>": that one. Raises
-    RunError.
+    In this order: no flag: anew, if `output_dir` holds no checkpoints or model that would be lost; "latest": the one
+    with the highest step, anew if there is none; a folder that exists, "checkpoint-<step>" or "<step>": that one.
+    Raises RunError.
     """
     checkpoints = list_checkpoints(output_dir)
     names = ", ".join(path.name for _, path in checkpoints)
     if wanted is None:
-        if checkpoints:
+        if checkpoints or (Path(output_dir) / "model_index.json").exists():
             raise RunError(
-                f"--output_dir {output_dir}: holds an earlier run's {names}; add --resume_from_checkpoint to go on "
-                "with it, or name another folder"
+                f"--output_dir {output_dir}: holds an earlier run's {names or 'model'}; add "
+                "--resume_from_checkpoint to go on with it, or name another folder"
             )
         return None
     if wanted == "latest":
@@ -543,10 +542,9 @@ def read_checkpoint(checkpoint):
 
     Raises RunError if it is not one, or if a file is missing or not as long as it was when saved.
     """
-    try:
+    with naming(f"{checkpoint}: not a checkpoint of this script, {CHECKPOINT_STATE}"):
         state = json.loads((checkpoint / CHECKPOINT_STATE).read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{checkpoint}: not a checkpoint of this script ({CHECKPOINT_STATE}: {error})") from error
+        state = {name: state[name] for name in ("step", "examples_seen", "seed", "arguments", "files")}
     for name, size in state["files"].items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size:
@@ -555,27 +553,44 @@ def read_checkpoint(checkpoint):
     return state
 
 
-def report_resume(args, checkpoint, state):
-    """Log where the run goes on, and which flags are not as they were when its checkpoint was made."""
+def check_resume(args, checkpoint, state):
+    """Log where the run goes on, and which flags changed since its checkpoint. Raises RunError if it can't go on so."""
     if checkpoint is None:
         logger.info(f"--resume_from_checkpoint: no checkpoint in {args.output_dir}, starting anew")
         return
-    logger.info(f"going on from {checkpoint}")
-    before, now = state["arguments"], recorded_arguments(args)
+    before, now = state["arguments"], recorded_arguments(args, state["seed"] if args.seed is None else args.seed)
     names = sorted((before.keys() | now.keys()) - {"resume_from_checkpoint", "output_dir"})
     changes = [f"--{name} {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
-    if changes:
-        logger.info(f"flags that are not as they were: {', '.join(changes)}")
+    logger.info(f"going on from {checkpoint}" + (f", now with {', '.join(changes)}" if changes else ""))
+    if args.use_ema and not before["use_ema"]:
+        raise RunError(f"--use_ema: {checkpoint} holds no average, its run was without the flag")
+    if args.use_8bit_adam != before["use_8bit_adam"]:
+        raise RunError(f"--use_8bit_adam: the optimizer in {checkpoint} is of the other kind")
 
 
-def flush_to_disk(folder, recursive=True):
-    """Wait until `folder`, and all below it, is on disk. Returns {relative name: bytes} of the files below."""
-    below = sorted(folder.rglob("*")) if recursive else []
-    for path in [*below, folder]:
+def keep_weights_apart(accelerator):
+    """Let accelerate save and load all but the weights, which lie beside its files as `from_pretrained` reads them."""
+    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
+    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
+
+
+def load_optimizer(accelerator, optimizer, checkpoint):
+    """Load all state that is no weight. Learning rate, betas and the like stay as the flags say. Raises RunError."""
+    settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+    with naming(f"{checkpoint}: the checkpoint is damaged"):
+        accelerator.load_state(str(checkpoint))
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
+    accelerator.step = 0  # checkpoints lie between updates, whatever the number of accumulation steps was
+
+
+def flush_to_disk(*paths):
+    """Wait until files and folders are on disk; a folder stands for its list of names only."""
+    for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+            os.fsync(descriptor)  # some network file systems refuse it for folders
         os.close(descriptor)
-    return {str(path.relative_to(folder)): path.stat().st_size for path in below if path.is_file()}
 
 
 def remove_checkpoint(path):
@@ -603,33 +618,16 @@ def save_checkpoint(accelerator, args, name, model, ema, state):
                 accelerator.unwrap_model(model).save_pretrained(partial / f"{name}_ema")
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        contents = {**state, "arguments": recorded_arguments(args), "files": flush_to_disk(partial)}
+        files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
+        contents = {**state, "arguments": recorded_arguments(args, state["seed"]), "files": files}
         (partial / CHECKPOINT_STATE).write_text(json.dumps(contents, indent=2))
-        flush_to_disk(partial)
-        if final.exists():  # this run was resumed from an earlier step and has come here again
-            remove_checkpoint(final)
+        flush_to_disk(*partial.rglob("*"), partial)
         partial.rename(final)
-        flush_to_disk(final.parent, recursive=False)
-        older = [path for step, path in list_checkpoints(args.output_dir) if step <= state["step"]]
-        for path in older[: -args.checkpoints_total_limit if args.checkpoints_total_limit else 0]:
+        flush_to_disk(final.parent)
+        for _, path in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
             remove_checkpoint(path)
         logger.info(f"saved {final}")
     accelerator.wait_for_everyone()
-
-
-@contextlib.contextmanager
-def evaluation_weights(model, ema):
-    """Put `model` into evaluation mode, with the weights of `ema` (EMAModel or None: its own), within the block."""
-    model.eval()
-    if ema is not None:
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
-    try:
-        yield
-    finally:
-        if ema is not None:
-            ema.restore(list(model.parameters()))
-        model.train()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -709,37 +707,36 @@ class UpdateLog:
         for (step, walltime, _, on_host), (loss, gradient_norm) in zip(self.updates, values, strict=True):
             update = {"train_loss": loss, "grad_norm": gradient_norm, **on_host}
             self.accelerator.log(update, step=step, log_kwargs={"tensorboard": {"walltime": walltime}})
-        self.progress_bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{on_host['examples_per_second']:.1f}")
+        speeds = [on_host["examples_per_second"] for *_, on_host in self.updates]
+        speed = len(speeds) / sum(1 / speed for speed in speeds)
+        self.progress_bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{speed:.1f}")
         self.updates.clear()
-
-    def close(self):
-        """End the progress bar."""
-        self.progress_bar.close()
 
 
 # W&B would keep the command line otherwise, and an access token in it.
 TRACKER_SETTINGS = {"wandb": {"settings": {"x_disable_meta": True}}}
 
 
-def recorded_arguments(args):
-    """The flags that have a value, as trackers and files may hold them: plain values, and never the access token."""
-    values = {name: value for name, value in sorted(vars(args).items()) if value is not None and name != "hub_token"}
+def recorded_arguments(args, seed):
+    """The flags that have a value, and the seed: plain values for trackers and files, and never the access token."""
+    values = {**vars(args), "seed": seed, "hub_token": None}
+    values = {name: value for name, value in sorted(values.items()) if value is not None}
     return {name: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for name, v in values.items()}
 
 
-def describe_result(args, repo_id, steps):
-    """What the model card says of this kind of model: (metadata, one sentence, Python code that uses it)."""
+def describe_result(args, name, steps):
+    """What the card of the model `name` says of its kind: (metadata, one sentence, Python code that uses it)."""
     base, source = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
     metadata = ModelCardData(
         base_model=hub_id(base),
-        datasets=hub_id(source),
+        datasets=[source] if hub_id(source) else None,
         library_name="diffusers",
         tags=["stable-diffusion", "stable-diffusion-diffusers", "text-to-image", "diffusers", "diffusers-training"],
     )
     prompt = json.dumps((args.validation_prompts or ["a prompt"])[0], ensure_ascii=False)
     usage = f"""from diffusers import StableDiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained({json.dumps(repo_id)})
+pipeline = StableDiffusionPipeline.from_pretrained({json.dumps(name)})
 pipeline({prompt}).images[0].save("picture.png")"""
     return metadata, f"`{base}`, fine-tuned on `{source}` for {steps} updates of its UNet.", usage
 
@@ -749,17 +746,19 @@ def hub_id(name):
     return None if Path(name).exists() else name
 
 
-def save_model_card(args, repo_id, description, validation_image):
-    """Write output_dir/README.md from what `describe_result` says. validation_image: Path of the last grid, or None."""
-    metadata, sentence, usage = description
+def save_model_card(args, name, seed, metadata, sentence, usage, validation_image):
+    """Write output_dir/README.md for the model `name`. validation_image: Path of the last grid, or None.
+
+    metadata: `ModelCardData`; sentence: what was trained; usage: Python code.
+    """
     pictures = ""
     if validation_image:
         prompts = [json.dumps(prompt, ensure_ascii=False) for prompt in args.validation_prompts]
         drawn = "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(prompts, 1))
         path = validation_image.relative_to(args.output_dir).as_posix()
         pictures = f"![pictures of the validation prompts]({path})\n\nThe pictures, row by row:\n\n{drawn}\n\n"
-    flags = json.dumps(recorded_arguments(args), indent=2, ensure_ascii=False)
-    card = f"---\n{metadata.to_yaml()}\n---\n\n# {repo_id}\n\n{sentence}\n\n{pictures}"
+    flags = json.dumps(recorded_arguments(args, seed), indent=2, ensure_ascii=False)
+    card = f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{sentence}\n\n{pictures}"
     card += f"## Use\n\n```python\n{usage}\n```\n\n## Flags of the training run\n\n```json\n{flags}\n```\n"
     (Path(args.output_dir) / "README.md").write_text(card, encoding="utf-8")
 
@@ -776,23 +775,36 @@ def prepare_hub_repository(args):
 
 def push_to_hub(args, repo_id):
     """Upload output_dir without checkpoints and logs. Raises RunError with the command that does it by hand."""
-    ignored = ["checkpoint-*/*", f"{args.logging_dir}/*"]  # `*` stands for any number of sub-folders here
+    logs = os.path.relpath(os.path.join(args.output_dir, args.logging_dir), args.output_dir)
+    ignored = ["checkpoint-*/*", f"{glob.escape(logs)}/*"]  # `*` stands for any number of sub-folders here
     try:
         api = HfApi(token=args.hub_token)
         api.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
     except Exception as error:  # whatever went wrong, the model is on disk and the user has to know
         exclude = [word for pattern in ignored for word in ("--exclude", pattern)]
         command = shlex.join(["hf", "upload", repo_id, args.output_dir, ".", *exclude])
-        reason = str(error).splitlines()[0]
-        raise RunError(
-            f"--push_to_hub: {reason}; the model is in {args.output_dir}, upload it by: {command}"
-        ) from error
+        where = f"the model is in {args.output_dir}, upload it by: {command}"
+        raise RunError(f"--push_to_hub: {first_line(error)}; {where}") from error
     logger.info(f"uploaded to {repo_id}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 # ----------------------------------------------------------------------------------------------------------------------
+
+
+def on_main_process(accelerator, function, *arguments):
+    """Call the function on the main process alone. Every process returns its result, or raises its RunError."""
+    result = error = None
+    if accelerator.is_main_process:
+        try:
+            result = function(*arguments)
+        except RunError as caught:
+            error = str(caught)
+    result, error = broadcast_object_list([result, error])
+    if error:
+        raise RunError(error)
+    return result
 
 
 class AboveProgressBar(logging.Handler):
@@ -820,6 +832,21 @@ def configure_logging(accelerator, args):
         raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {args.report_to}`")
 
 
+@contextlib.contextmanager
+def evaluation_weights(model, ema):
+    """Put `model` into evaluation mode, with the weights of `ema` (EMAModel or None: its own), within the block."""
+    model.eval()
+    if ema is not None:
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+    try:
+        yield
+    finally:
+        if ema is not None:
+            ema.restore(list(model.parameters()))
+        model.train()
+
+
 def place_ema(ema, device, offload):
     """Put the average on the device (torch.device), or into main memory that the device reads fast."""
     if not offload:
@@ -841,9 +868,14 @@ def update_ema(ema, parameters, device, offload):
 
 def check_model_folder(flag, path, parts):
     """Raise RunError if `path`, the value of `flag`, is a local folder that lacks one of the sub-folders `parts`."""
-    for part in parts if Path(path).is_dir() else ():
-        if not (Path(path) / part).is_dir():
+    folder = Path(path)
+    if not folder.is_dir() and path.startswith(("/", ".", "~")):
+        raise RunError(f"--{flag} {path}: there is no such folder")
+    for part in parts if folder.is_dir() else ():
+        if not (folder / part).is_dir():
             raise RunError(f"--{flag} {path}: the folder has no {part}/, which a pipeline of this kind needs")
+        if (folder / part / "config.json").exists() and not any((folder / part).glob("*.safetensors")):
+            raise RunError(f"--{flag} {path}: {part}/ holds no .safetensors, and no other weights are loaded")
 
 
 def vae_factor(vae):
@@ -851,8 +883,18 @@ def vae_factor(vae):
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 
-def check_architecture(unet, vae, text_encoder, resolution):
+def check_tokenizer(tokenizer, text_encoder):
+    """Raise RunError if they do not belong together: a tokenizer that lacks its files comes up empty, silently."""
+    tokens, embeddings = len(tokenizer), text_encoder.config.vocab_size
+    if tokens != embeddings:
+        raise RunError(
+            f"the tokenizer knows {tokens} tokens and the text encoder {embeddings}: is tokenizer/ complete?"
+        )
+
+
+def check_architecture(unet, vae, text_encoder, tokenizer, resolution):
     """Raise RunError unless the models are Stable Diffusion's 1.x or 2.x, and the VAE takes the resolution."""
+    check_tokenizer(tokenizer, text_encoder)
     if unet.config.in_channels != vae.config.latent_channels:
         raise RunError(
             f"--pretrained_model_name_or_path: the UNet takes {unet.config.in_channels} channels and the VAE makes "
@@ -880,7 +922,7 @@ def enable_xformers(unet):
     except Exception as error:  # it raises many kinds, for a missing package, device or build
         raise RunError(
             "--enable_xformers_memory_efficient_attention: xformers does not work here "
-            f"({str(error).splitlines()[0]}); leave the flag out, PyTorch's own attention is already memory-efficient"
+            f"({first_line(error)}); leave the flag out, PyTorch's own attention is already memory-efficient"
         ) from error
 
 
@@ -904,25 +946,47 @@ def make_optimizer(args, parameters, device, scale):
     )
 
 
-def check_output_dir(output_dir, models):
-    """Raise RunError if the result can't be written to output_dir, or would overwrite one of `models` (paths)."""
-    output_dir = Path(output_dir)
-    if output_dir.resolve() in [Path(model).resolve() for model in models]:
-        raise RunError(f"--output_dir {output_dir}: is the model to start from, which would be overwritten")
-    existing = next(path for path in (output_dir, *output_dir.resolve().parents) if path.exists())
-    if not existing.is_dir():
-        raise RunError(f"--output_dir {output_dir}: {existing} is a file, not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise RunError(f"--output_dir {output_dir}: no permission to write to {existing}")
+def make_lr_scheduler(args, optimizer, first_step, last_step):
+    """The learning rate as a function of the update, entered at `first_step`: it has no state of its own to save."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    course = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step}
+    with naming(f"--lr_scheduler {args.lr_scheduler}"):
+        return get_scheduler(args.lr_scheduler, optimizer, **course, last_epoch=first_step - 1)
 
 
-def prepare_output_dir(args):
-    """Make output_dir, without what a crash left of checkpoints. Raises RunError."""
-    with naming(f"--output_dir {args.output_dir}"):
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        for suffix in ("partial", "removed"):
-            for folder in Path(args.output_dir).glob(f"checkpoint-*.{suffix}"):
-                shutil.rmtree(folder)
+def check_output_dir(args, models):
+    """Raise RunError if the result can't be written to output_dir, or would lie among or over what is the user's.
+
+    models: the folders or Hub ids to start from.
+    """
+    folder, name = Path(args.output_dir).resolve(), f"--output_dir {args.output_dir}"
+    if folder in [Path(model).resolve() for model in models]:
+        raise RunError(f"{name}: is the model to start from, which would be overwritten")
+    if args.train_data_dir and Path(args.train_data_dir).resolve().is_relative_to(folder):
+        raise RunError(f"{name}: holds the training images; name another folder")
+    if (folder / "README.md").exists() and not (folder / "model_index.json").exists():
+        raise RunError(f"{name}: has a README.md of something else, which the model card would replace")
+    for path in (folder, folder / args.logging_dir):
+        existing = next(parent for parent in (path, *path.parents) if parent.exists())
+        if not existing.is_dir():
+            raise RunError(f"{name}: {existing} is a file, not a folder")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise RunError(f"{name}: no permission to write to {existing}")
+
+
+def prepare_output_dir(args, first_step, last_step):
+    """Make output_dir, without what a crash left of checkpoints. Those behind `first_step`, which the run goes on from,
+    are set aside: they belong to another course of the run. Raises RunError."""
+    output_dir = Path(args.output_dir)
+    with naming(f"--output_dir {output_dir}"):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        for folder in (*output_dir.glob("checkpoint-*.partial"), *output_dir.glob("checkpoint-*.removed")):
+            shutil.rmtree(folder)
+        for step, folder in list_checkpoints(output_dir):
+            if first_step < step <= last_step:
+                aside = folder.rename(output_dir / f"set-aside-{time.time():.0f}-{folder.name}")
+                logger.info(f"{folder} is of an earlier course of the run, and is now {aside}")
 
 
 def validation_due(args, step, examples_before, examples_after, num_rows):
@@ -937,14 +1001,13 @@ def validation_due(args, step, examples_before, examples_after, num_rows):
 
 def main(args):
     """Train as `args` (from `parse_args`) say. Every launcher ends here. Raises RunError."""
-    check_output_dir(args.output_dir, [args.pretrained_model_name_or_path])
+    check_output_dir(args, [args.pretrained_model_name_or_path])
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=args.report_to,
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        step_scheduler_with_optimizer=False,  # the schedule counts updates: it is stepped once for each, below
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise RunError("--mixed_precision fp16: needs a GPU, a CPU has bf16")
@@ -959,7 +1022,7 @@ def main(args):
     first_step, examples_seen = state["step"], state["examples_seen"]
     seed = broadcast_object_list([state["seed"] if args.seed is None else args.seed])[0]
     if args.resume_from_checkpoint:
-        report_resume(args, checkpoint, state)
+        check_resume(args, checkpoint, state)
 
     # Models: the UNet in float32, the frozen ones in the precision of the mixed-precision mode.
     path, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
@@ -979,13 +1042,11 @@ def main(args):
         ema_start = unet
         if args.use_ema and checkpoint:
             ema_start = UNet2DConditionModel.from_pretrained(checkpoint / "unet_ema", use_safetensors=True)
-        elif args.use_ema and args.non_ema_revision:
-            ema_start = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **weights)
         # All that the result is made of, in full precision, so that nothing can be missing after the training.
         pipeline = None
         if accelerator.is_main_process:
             pipeline = StableDiffusionPipeline.from_pretrained(path, unet=unet, **weights)
-    check_architecture(unet, vae, text_encoder, args.resolution)
+    check_architecture(unet, vae, text_encoder, tokenizer, args.resolution)
     ema_unet = None
     if args.use_ema:
         ema_unet = EMAModel(ema_start.parameters(), foreach=True)
@@ -997,10 +1058,8 @@ def main(args):
     check_objective(prediction_type, alphas_cumprod)
 
     # Data: one stream of examples for the whole run, entered where the checkpoint was made.
-    with accelerator.main_process_first():
-        dataset = load_train_dataset(args, ["image_column", "caption_column"], seed)
-    if accelerator.is_main_process:
-        check_images(dataset, args.image_column)
+    dataset = load_train_dataset(args, ["image_column", "caption_column"], seed)
+    on_main_process(accelerator, check_images, dataset, args.image_column)
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     examples_left = max(0, args.num_train_epochs * len(dataset) - examples_seen)
     last_step = args.max_train_steps or first_step + math.ceil(examples_left / batch_size)
@@ -1025,27 +1084,20 @@ def main(args):
     if ema_unet:
         place_ema(ema_unet, accelerator.device, args.offload_ema)
     optimizer = make_optimizer(args, unet.parameters(), accelerator.device, batch_size if args.scale_lr else 1)
-    course = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step}
-    lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **course)
-    unet, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(
-        unet, optimizer, train_dataloader, lr_scheduler
-    )
-    accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())  # saved as unet/ below
-    accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())  # loaded from there above
+    unet, optimizer, train_dataloader = accelerator.prepare(unet, optimizer, train_dataloader)
+    keep_weights_apart(accelerator)
     if checkpoint:
-        accelerator.load_state(str(checkpoint))
-        accelerator.step = 0  # checkpoints lie between updates, whatever the number of accumulation steps was
+        load_optimizer(accelerator, optimizer, checkpoint)
+    lr_scheduler = make_lr_scheduler(args, optimizer, first_step, last_step)
 
     # Everything that can refuse the run has spoken: from here on it writes.
-    repo_id = args.hub_model_id or Path(args.output_dir).resolve().name
-    if accelerator.is_main_process:
-        if args.push_to_hub:
-            repo_id = prepare_hub_repository(args)
-        prepare_output_dir(args)
-    accelerator.init_trackers(args.tracker_project_name, recorded_arguments(args), TRACKER_SETTINGS)
+    repo_id = on_main_process(accelerator, prepare_hub_repository, args) if args.push_to_hub else args.hub_model_id
+    on_main_process(accelerator, prepare_output_dir, args, first_step, last_step)
+    accelerator.init_trackers(args.tracker_project_name, recorded_arguments(args, seed), TRACKER_SETTINGS)
 
     # Loop.
-    logger.info(f"{len(dataset)} images, {batch_size} per step, steps {first_step} to {max(first_step, last_step)}")
+    steps = f"steps {first_step} to {max(first_step, last_step)}"
+    logger.info(f"{len(dataset)} images, {batch_size} per step, {steps}, seed {seed}")
     log = UpdateLog(accelerator, first_step, last_step)
     batches = iter(train_dataloader)
     for step in range(first_step + 1, last_step + 1):
@@ -1080,7 +1132,7 @@ def main(args):
                 log_validation(pipeline, vae, text_encoder, accelerator, args, seed, step)
         if save or draw:
             log.restart_clock()
-    log.close()
+    log.progress_bar.close()
 
     # Result.
     accelerator.wait_for_everyone()
@@ -1090,7 +1142,8 @@ def main(args):
             if args.validation_prompts:
                 validation_image = log_validation(pipeline, vae, text_encoder, accelerator, args, seed, last_step)
             pipeline.save_pretrained(args.output_dir)
-        save_model_card(args, repo_id, describe_result(args, repo_id, last_step), validation_image)
+        name = repo_id or args.output_dir
+        save_model_card(args, name, seed, *describe_result(args, name, last_step), validation_image)
         logger.info(f"saved the pipeline in {args.output_dir}")
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
@@ -1104,3 +1157,6 @@ if __name__ == "__main__":
         reason = str(error).rpartition("RunError: ")[2].strip()  # from a data worker it comes behind a traceback
         tqdm.write(f"error: {reason}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        tqdm.write("stopped; --resume_from_checkpoint goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)

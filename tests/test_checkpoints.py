@@ -17,7 +17,9 @@ def make_checkpoint(output_dir, step, **state):
     folder = output_dir / f"checkpoint-{step}"
     folder.mkdir(parents=True)
     (folder / "weights").write_bytes(b"12345")
-    (folder / "training_state.json").write_text(json.dumps({"step": step, "files": {"weights": 5}, **state}))
+    (folder / "training_state.json").write_text(
+        json.dumps({"step": step, "examples_seen": 0, "seed": 0, "arguments": {}, "files": {"weights": 5}, **state})
+    )
     return folder
 
 
@@ -105,10 +107,10 @@ def test_a_failed_save_leaves_the_older_checkpoints_alone(flags, monkeypatch):
 
     flush = train_text_to_image.flush_to_disk
 
-    def full_disk(folder, **options):
-        if folder.name == "checkpoint-2.partial":
+    def full_disk(*paths):
+        if paths[-1].name == "checkpoint-2.partial":
             raise OSError(28, "No space left on device")
-        return flush(folder, **options)
+        return flush(*paths)
 
     monkeypatch.setattr(train_text_to_image, "flush_to_disk", full_disk)
     with pytest.raises(OSError, match="No space left"):
@@ -197,29 +199,76 @@ def test_resume_at_or_past_the_last_step_only_saves_the_result(flags, max_train_
     assert names_in(flags["output_dir"]) == ["checkpoint-2"]
 
 
-def test_resume_from_an_earlier_checkpoint_writes_the_later_ones_again(flags):
+def test_resume_from_an_earlier_checkpoint_sets_the_later_ones_aside(flags, capsys):
+    """They are no longer the latest, and not lost."""
     flags |= {"checkpointing_steps": 1, "max_train_steps": 3, "use_ema": True, "checkpoints_total_limit": 3}
     run(flags)
     before = tensors_of(flags["output_dir"] / "checkpoint-3")
     run({**flags, "resume_from_checkpoint": "checkpoint-1"})
     assert names_in(flags["output_dir"]) == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
-    after = tensors_of(flags["output_dir"] / "checkpoint-3")
-    assert all(torch.equal(before[name], after[name]) for name in before)
+    for folder in (flags["output_dir"], *flags["output_dir"].glob("set-aside-*-checkpoint-3")):
+        after = tensors_of(folder / "checkpoint-3" if folder == flags["output_dir"] else folder)
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert len(list(flags["output_dir"].glob("set-aside-*"))) == 2
+    assert "is of an earlier course of the run" in capsys.readouterr().err
 
 
 def test_resume_with_another_split_of_the_same_batch_sees_the_same_examples(flags):
-    """2 x 2 and 4 x 1 are the same global batch: equal but for the order of a float sum."""
-    flags |= {"use_ema": True, "checkpointing_steps": 2, "max_train_steps": 4, "gradient_accumulation_steps": 2}
+    """2 x 3 and 3 x 2 are the same global batch: equal but for the order of a float sum."""
+    flags |= {"use_ema": True, "checkpointing_steps": 1, "max_train_steps": 4, "gradient_accumulation_steps": 3}
     run(flags)
     other = {**flags, "output_dir": flags["output_dir"].with_name("other")}
-    run({**other, "max_train_steps": 2})
-    run({**other, "train_batch_size": 4, "gradient_accumulation_steps": 1, "resume_from_checkpoint": "latest"})
+    run({**other, "max_train_steps": 1})
+    run({**other, "train_batch_size": 3, "gradient_accumulation_steps": 2, "resume_from_checkpoint": "latest"})
     one, two = (load_file(f["output_dir"] / "unet" / "diffusion_pytorch_model.safetensors") for f in (flags, other))
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
 
 
+def test_resume_with_other_settings_of_the_optimizer(flags, capsys):
+    """The flags of the second command line hold, and the log says what changed."""
+    from test_training import events_of
+
+    run({**flags, "checkpointing_steps": 2, "learning_rate": 1e-3})
+    changed = {"learning_rate": 1e-5, "adam_weight_decay": 0.5, "adam_beta1": 0.8, "max_train_steps": 4}
+    run({**flags, "checkpointing_steps": 2, "resume_from_checkpoint": "latest", **changed})
+    rates = {event.step: event.value for event in events_of(flags["output_dir"]).Scalars("lr")}
+    assert rates == pytest.approx({1: 1e-3, 2: 1e-3, 3: 1e-5, 4: 1e-5})
+    (group,) = torch.load(flags["output_dir"] / "checkpoint-4" / "optimizer.bin", weights_only=True)["param_groups"]
+    assert (group["weight_decay"], group["betas"]) == (0.5, (0.8, 0.999))
+    assert "--learning_rate 0.001 -> 1e-05" in capsys.readouterr().err
+
+
+def test_resume_counts_epochs_from_the_start_of_the_run(flags):
+    """8 images in batches of 2: two epochs are 8 steps, of which 4 are done."""
+    flags |= {"max_train_steps": None, "checkpointing_steps": 4}
+    run({**flags, "num_train_epochs": 1})
+    run({**flags, "num_train_epochs": 2, "resume_from_checkpoint": "latest"})
+    assert names_in(flags["output_dir"]) == ["checkpoint-4", "checkpoint-8"]
+
+
+@pytest.mark.parametrize("file", ["optimizer.bin", "training_state.json"])
+def test_a_checkpoint_with_other_bytes_of_the_same_length(flags, file):
+    run({**flags, "checkpointing_steps": 2})
+    path = flags["output_dir"] / "checkpoint-2" / file
+    path.write_bytes(b" " * path.stat().st_size if file == "optimizer.bin" else b"{}")
+    with pytest.raises(RunError, match="checkpoint-2: .*(damaged|not a checkpoint)"):
+        run({**flags, "max_train_steps": 3, "resume_from_checkpoint": "latest"})
+
+
+def test_resume_with_the_other_kind_of_optimizer_is_an_error(flags):
+    run({**flags, "checkpointing_steps": 2})
+    with pytest.raises(RunError, match="--use_8bit_adam: the optimizer in .* is of the other kind"):
+        run({**flags, "max_train_steps": 3, "use_8bit_adam": True, "resume_from_checkpoint": "latest"})
+
+
+def test_a_finished_model_is_not_overwritten_by_a_new_run(flags):
+    run(flags)
+    with pytest.raises(RunError, match="holds an earlier run's model; add --resume_from_checkpoint"):
+        run(flags)
+
+
 def test_resume_with_ema_from_a_checkpoint_without_is_an_error(flags):
     run({**flags, "checkpointing_steps": 2})
-    with pytest.raises(RunError, match="unet_ema"):
+    with pytest.raises(RunError, match="--use_ema: .* holds no average"):
         run({**flags, "max_train_steps": 3, "use_ema": True, "resume_from_checkpoint": "latest"})

@@ -5,9 +5,13 @@ import os
 import shutil
 from pathlib import Path
 
+import datasets
 import pytest
 import tiny
+import torch
 from conftest import ROOT, command_line, launch, run
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
 
 from train_text_to_image import RunError, parse_args
 
@@ -80,6 +84,8 @@ def test_schedules(schedule):
                        "validation_epochs", "validation_steps", "logging_steps") for value in (0, -1)],
         ("--learning_rate 0", "--learning_rate: must be larger than 0"),
         ("--learning_rate nan", "--learning_rate: must be larger than 0"),
+        ("--learning_rate inf", "--learning_rate: must be larger than 0"),
+        ("--logging_dir .", "--logging_dir: must name a folder of its own"),
         ("--max_grad_norm -1", "--max_grad_norm: must be larger than 0"),
         ("--snr_gamma 0", "--snr_gamma: must be larger than 0"),
         ("--noise_offset -0.1", "--noise_offset: must not be negative"),
@@ -101,7 +107,8 @@ def test_a_value_that_cannot_be_right(words, message, capsys):
     with pytest.raises(SystemExit) as exit_:
         parse(*words.split())
     assert exit_.value.code == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    usage, line = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_no_data_set_at_all(capsys):
@@ -155,9 +162,94 @@ def a_file(tmp_path):
     return tmp_path / "file"
 
 
+def someone_s_readme(tmp_path):
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("mine")
+    return tmp_path / "project"
+
+
+def images_in_a_saved_data_set(tmp_path, missing):
+    folder = tiny.make_images(tmp_path / "images")
+    rows = {"image": [str(folder / "0.png"), None if missing else str(folder / "1.png")], "text": ["a", "b"]}
+    dataset = datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+    dataset.save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def changed_model(tmp_path, pipeline_folder, part, change):
+    """A copy of the tiny pipeline, after `change` was done to the folder of its `part`."""
+    shutil.copytree(pipeline_folder, tmp_path / "model")
+    change(tmp_path / "model" / part)
+    return tmp_path / "model"
+
+
+def other_unet(**config):
+    """A change: another UNet, of a pipeline that is not Stable Diffusion's text-to-image."""
+
+    def change(folder):
+        settings = json.loads((folder / "config.json").read_text())
+        UNet2DConditionModel.from_config({**settings, **config}).save_pretrained(folder)
+
+    return change
+
+
+def without_vocabulary(folder):
+    for path in folder.iterdir():
+        if path.name != "tokenizer_config.json":
+            path.unlink()
+
+
+def weights_in_pickles(folder):
+    path = folder / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(path), folder / "diffusion_pytorch_model.bin")
+    path.unlink()
+
+
+def other_prediction_type(folder):
+    path = folder / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "prediction_type": "flow"}))
+
+
+BAD_MODELS = {
+    "inpainting": ("unet", other_unet(in_channels=9), "inpainting and depth models are not supported"),
+    "other width": ("unet", other_unet(cross_attention_dim=32), "only Stable Diffusion 1.x and 2.x do"),
+    "tokenizer without its files": ("tokenizer", without_vocabulary, "is tokenizer/ complete?"),
+    "pickles": ("unet", weights_in_pickles, "unet/ holds no .safetensors, and no other weights are loaded"),
+    "prediction type": ("scheduler", other_prediction_type, "prediction type flow"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_a_model_that_cannot_be_trained(case, flags, tmp_path, pipeline_folder):
+    part, change, message = BAD_MODELS[case]
+    flags["pretrained_model_name_or_path"] = changed_model(tmp_path, pipeline_folder, part, change)
+    with pytest.raises(RunError, match=message):
+        run(flags)
+    assert not flags["output_dir"].exists()
+
+
+def test_a_row_without_an_image(flags, tmp_path):
+    flags |= {"train_data_dir": None, "dataset_name": images_in_a_saved_data_set(tmp_path, missing=True)}
+    with pytest.raises(RunError, match="--image_column image: row 1 is empty"):
+        run(flags)
+    shutil.rmtree(tmp_path / "saved")
+    run({**flags, "dataset_name": images_in_a_saved_data_set(tmp_path, missing=False), "max_train_steps": 1})
+
+
+def test_output_dir_among_the_images(flags):
+    with pytest.raises(RunError, match="holds the training images"):
+        run({**flags, "output_dir": flags["train_data_dir"]})
+    with pytest.raises(RunError, match="holds the training images"):
+        run({**flags, "output_dir": flags["train_data_dir"].parent})
+
+
 BAD_INPUT = {
+    "somebody's folder": ("output_dir", someone_s_readme, "has a README.md of something else"),
+    "logging_dir is a file": ("logging_dir", a_file, "is a file, not a folder"),
+    "no such model folder": ("pretrained_model_name_or_path", "/nowhere/model", "there is no such folder"),
+    "a rate that the schedule cannot take": ("learning_rate", 1e-8, "--lr_scheduler polynomial: "),
     "no such folder": ("train_data_dir", "nowhere", "--train_data_dir nowhere: there is no such folder"),
-    "empty folder": ("train_data_dir", empty_folder, "the folder is empty"),
+    "empty folder": ("train_data_dir", empty_folder, "there are no images in it"),
     "no such data set": ("dataset_name", "nobody/nothing", "--dataset_name nobody/nothing: "),
     "no such image column": ("image_column", "picture", "--image_column picture: no such column; there are"),
     "no such caption column": ("caption_column", "title", "--caption_column title: no such column; there are"),
@@ -185,7 +277,7 @@ def test_bad_input(case, flags, tmp_path, pipeline_folder):
     name, value, message = BAD_INPUT[case]
     if callable(value):
         value = value(tmp_path, pipeline_folder) if value is no_unet else value(tmp_path)
-    flags[name] = value
+    flags |= {"lr_scheduler": "polynomial", name: value}
     before = everything_below(tmp_path)
     with pytest.raises(RunError) as error:
         run(flags)

@@ -240,9 +240,9 @@ def write_rows(folder, rows):
         ([1, 2], "not text"),
         ([0.5, 2.5], "not text"),
         ([[1], [2]], "not text"),
-        (["a", None], "row 1 has no caption"),
-        ([["a"], []], "row 1 has no caption"),
-        ([["a"], ["b", None]], "row 1 has no caption"),
+        (["a", None], "row 1 is empty"),
+        ([["a"], []], "row 1 is empty"),
+        ([["a"], ["b", None]], "row 1 is empty"),
     ],
 )
 def test_captions_that_are_no_text_are_refused(tmp_path, captions, message):

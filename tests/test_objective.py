@@ -108,14 +108,6 @@ def test_weights_of_all_predictions_mean_the_same_loss(scheduler, clean_and_nois
     assert losses[1].item() == pytest.approx(losses[2].item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("function", [prediction_target, predicted_noise])
-def test_an_unknown_prediction_type_is_refused(function, clean_and_noise):
-    with pytest.raises(ValueError, match="flow"):
-        function("flow", *clean_and_noise, torch.tensor(0.5))
-    with pytest.raises(ValueError, match="flow"):
-        min_snr_weight("flow", torch.ones(1), 5.0)
-
-
 def test_weighted_squared_error_by_hand():
     prediction, target = torch.tensor([[1.0, 3.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [2.0, 0.0]])
     assert weighted_squared_error(prediction, target, torch.tensor([1.0, 10.0])).item() == (1 * 5 + 10 * 2) / 2
@@ -152,6 +144,8 @@ def test_zero_terminal_snr_is_refused_for_epsilon_only():
     check_objective("v_prediction", scheduler.alphas_cumprod)
     check_objective("sample", scheduler.alphas_cumprod)
     check_objective("epsilon", DDPMScheduler(**SD_SCHEDULE).alphas_cumprod)
+    with pytest.raises(RunError, match="flow"):
+        check_objective("flow", scheduler.alphas_cumprod)
 
 
 # training_loss, with the models ---------------------------------------------------------------------------------------
@@ -214,24 +208,41 @@ def test_training_loss(models, batch, scheduler, prediction_type, snr_gamma):
     assert all(parameter.grad is None for model in models[1:] for parameter in model.parameters())
 
 
-def test_noise_offset_and_input_perturbation(models, batch, scheduler):
-    changed = arguments(noise_offset=0.5, input_perturbation=0.1)
+@pytest.mark.parametrize(("offset", "perturbation"), [(0.5, 0), (0, 0.1), (0.5, 0.1)])
+def test_noise_offset_and_input_perturbation(models, batch, scheduler, offset, perturbation):
+    changed = arguments(noise_offset=offset, input_perturbation=perturbation)
     loss = training_loss(batch, *models, scheduler.alphas_cumprod, "epsilon", changed)
     latents, predict = by_hand(models, batch, scheduler)
-    noise = batch["noise"] + 0.5 * batch["offset_noise"]
-    noisy = scheduler.add_noise(latents, noise + 0.1 * batch["perturbation_noise"], batch["timesteps"])
+    noise = batch["noise"] + offset * batch["offset_noise"]
+    noisy = scheduler.add_noise(latents, noise + perturbation * batch["perturbation_noise"], batch["timesteps"])
     expected = torch.nn.functional.mse_loss(predict(noisy), noise)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_dream_training(models, batch, scheduler):
-    loss = training_loss(batch, *models, scheduler.alphas_cumprod, "epsilon", arguments(dream_training=True))
+@pytest.mark.parametrize("detail_preservation", [1.0, 2.5])
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_dream_training(models, batch, scheduler, prediction_type, detail_preservation):
+    """Against diffusers' function, which knows epsilon only: it is given the ε that the model's prediction means."""
+    changed = arguments(dream_training=True, dream_detail_preservation=detail_preservation)
+    loss = training_loss(batch, *models, scheduler.alphas_cumprod, prediction_type, changed)
     latents, predict = by_hand(models, batch, scheduler)
-    noisy = scheduler.add_noise(latents, batch["noise"], batch["timesteps"])
-    unet = lambda *inputs: argparse.Namespace(sample=predict(inputs[0]))  # noqa: E731
-    noisy, target = compute_dream_and_update_latents(
-        unet, scheduler, batch["timesteps"], batch["noise"], noisy, batch["noise"], None
+    noise, timesteps = batch["noise"], batch["timesteps"]
+    alphas = alphas_of(scheduler, timesteps)
+
+    def noise_of(noisy, timesteps, states):
+        prediction = predict(noisy)
+        if prediction_type == "v_prediction":
+            prediction = alphas.sqrt() * prediction + (1 - alphas).sqrt() * noisy
+        elif prediction_type == "sample":
+            prediction = (noisy - alphas.sqrt() * prediction) / (1 - alphas).sqrt()
+        return argparse.Namespace(sample=prediction)
+
+    noisy = scheduler.add_noise(latents, noise, timesteps)
+    noisy, noise = compute_dream_and_update_latents(
+        noise_of, scheduler, timesteps, noise, noisy, noise, None, detail_preservation
     )
+    velocity = scheduler.get_velocity(latents, noise, timesteps)
+    target = {"epsilon": noise, "v_prediction": velocity, "sample": latents}[prediction_type]
     assert loss.item() == pytest.approx(torch.nn.functional.mse_loss(predict(noisy), target).item(), rel=1e-5)
 
 

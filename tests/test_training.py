@@ -13,9 +13,11 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT, command_line, launch, run
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from train_text_to_image import read_checkpoint
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
@@ -67,8 +69,19 @@ def test_loss_falls_when_one_image_is_learned_by_heart(flags, tmp_path):
     assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
 
 
-def test_the_frozen_parts_keep_their_precision_in_a_bf16_run(flags, pipeline_folder):
+def test_the_frozen_parts_keep_their_precision_in_a_bf16_run(flags, pipeline_folder, monkeypatch):
+    """They train in bf16, beside a UNet in float32, and are saved as they were."""
+    import train_text_to_image
+
+    dtypes, training_loss = [], train_text_to_image.training_loss
+
+    def recorded(batch, unet, vae, text_encoder, *rest):
+        dtypes.append((unet.dtype, vae.dtype, text_encoder.dtype))
+        return training_loss(batch, unet, vae, text_encoder, *rest)
+
+    monkeypatch.setattr(train_text_to_image, "training_loss", recorded)
     run({**flags, "mixed_precision": "bf16"})
+    assert set(dtypes) == {(torch.float32, torch.bfloat16, torch.bfloat16)}
     vae = load_file(flags["output_dir"] / "vae" / "diffusion_pytorch_model.safetensors")
     before = load_file(pipeline_folder / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(vae[name], before[name]) for name in before)
@@ -122,9 +135,13 @@ def test_weights_of_a_variant(flags, tmp_path, pipeline_folder):
     assert all(value.dtype == torch.float32 for value in unet_of(flags["output_dir"]).values())
 
 
-def test_gradient_checkpointing_changes_no_bit(flags, tmp_path):
+def test_gradient_checkpointing_recomputes_and_changes_no_bit(flags, tmp_path, monkeypatch):
+    calls, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
     run({**flags, "output_dir": tmp_path / "plain"})
+    assert not calls
     run({**flags, "output_dir": tmp_path / "recomputed", "gradient_checkpointing": True})
+    assert len(calls) > 10
     plain, recomputed = unet_of(tmp_path / "plain"), unet_of(tmp_path / "recomputed")
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
@@ -206,7 +223,26 @@ def test_validation_draws_when_it_is_due_and_changes_no_bit(flags, tmp_path):
     assert grids == ["step-000002.png", "step-000004.png"]
     assert PIL.Image.open(tmp_path / "drawn" / "validation" / grids[0]).size == (2 * 34 + 2, 34 + 2)
     images = events_of(tmp_path / "drawn").Images("validation")
-    assert {event.step for event in images} == {2, 4}
+    assert [event.step for event in images] == [2, 4]
+
+
+def test_validation_pictures_are_those_of_the_average(flags, tmp_path):
+    """What the pipeline draws with the checkpoint's averaged weights, from the noise that belongs to each prompt."""
+    from train_text_to_image import validation_generator
+
+    prompts = ["red dots", "red dots"]
+    flags |= {"use_ema": True, "learning_rate": 1e-2, "validation_prompts": prompts, "validation_steps": 2}
+    run({**flags, "max_train_steps": 3, "checkpointing_steps": 2})
+    grid = PIL.Image.open(flags["output_dir"] / "validation" / "step-000002.png")
+    unet = UNet2DConditionModel.from_pretrained(flags["output_dir"] / "checkpoint-2" / "unet_ema")
+    pipeline = StableDiffusionPipeline.from_pretrained(flags["pretrained_model_name_or_path"], unet=unet)
+    pipeline.set_progress_bar_config(disable=True)
+    cells = []
+    for index, prompt in enumerate(prompts):
+        options = {"num_inference_steps": 20, "generator": validation_generator(0, index), "height": 32, "width": 32}
+        cells.append(np.asarray(grid.crop((2 + 34 * index, 2, 34 + 34 * index, 34))).astype(int))
+        assert np.abs(cells[-1] - np.asarray(pipeline(prompt, **options).images[0])).max() <= 1
+    assert np.abs(cells[0] - cells[1]).max() > 1
 
 
 def test_validation_by_epochs(flags, tmp_path):
@@ -225,6 +261,19 @@ def test_validation_takes_the_same_noise_every_time(flags):
     assert first.tobytes() == second.tobytes()
 
 
+# The optimizer --------------------------------------------------------------------------------------------------------
+
+
+def test_weight_decay_is_adamw_s(flags, tmp_path, pipeline_folder):
+    """After one update, decay has taken learning rate x decay of the weight, and nothing else differs."""
+    flags |= {"max_train_steps": 1, "learning_rate": 1e-2}
+    run({**flags, "output_dir": tmp_path / "without", "adam_weight_decay": 0})
+    run({**flags, "output_dir": tmp_path / "with", "adam_weight_decay": 0.5})
+    before, without, with_ = (unet_of(folder) for folder in (pipeline_folder, tmp_path / "without", tmp_path / "with"))
+    for name in before:
+        torch.testing.assert_close(without[name] - with_[name], 5e-3 * before[name], rtol=0, atol=1e-6)
+
+
 # Trackers -------------------------------------------------------------------------------------------------------------
 
 
@@ -237,10 +286,12 @@ def test_tensorboard_has_every_update(flags):
     rates = [event.value for event in events.Scalars("lr")]
     np.testing.assert_allclose(rates, [0, 0.5e-3, 1e-3, 0.8e-3, 0.6e-3, 0.4e-3, 0.2e-3], rtol=1e-6)
     assert all(0 < event.value < 1 for event in events.Scalars("data_wait"))
-    assert all(event.value > 0 for event in events.Scalars("examples_per_second"))
     walltimes = [event.wall_time for event in events.Scalars("train_loss")]
     assert len(set(walltimes)) == 7  # each update at the time when it was made, not when it was written
     assert walltimes == sorted(walltimes)
+    speeds = [event.value for event in events.Scalars("examples_per_second")]
+    for index in (1, 2, 4, 5):  # within one stretch between two readings
+        assert speeds[index] * (walltimes[index] - walltimes[index - 1]) == pytest.approx(2, rel=0.1)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -302,6 +353,13 @@ def test_the_model_card_is_always_written_and_true(flags, prompts):
     assert "max_train_samples" not in recorded  # was not given
 
 
+def test_the_model_card_of_a_local_run_names_its_folder(flags):
+    run({**flags, "seed": None})
+    text = (flags["output_dir"] / "README.md").read_text()
+    assert f'from_pretrained("{flags["output_dir"]}")' in text
+    assert re.search(r'"seed": \d+,', text)  # drawn, and not lost
+
+
 # Launchers ------------------------------------------------------------------------------------------------------------
 
 
@@ -312,13 +370,28 @@ def test_accelerate_launch(flags):
     assert (flags["output_dir"] / "model_index.json").is_file()
 
 
+TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+
+
+def test_bad_input_in_two_processes_is_said_by_both_and_ends_both(flags, tmp_path):
+    """One that only the main process looks for."""
+    images = tiny.make_images(tmp_path / "broken")
+    (images / "5.png").write_bytes(b"no picture")
+    result = launch({**flags, "train_data_dir": images}, launcher=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
+    assert result.returncode == 1
+    assert len(re.findall(r"^error: row 5: image .*5\.png cannot be read", result.stderr, re.MULTILINE)) == 2
+    assert "Connection" not in result.stderr
+    assert not flags["output_dir"].exists()
+
+
 def test_two_processes_train_as_one_does(flags, tmp_path):
     """torchrun, gloo: the same global batch gives the same losses and weights, but for the order of float sums."""
     flags |= {"use_ema": True, "max_train_steps": 3, "lr_scheduler": "linear", "checkpointing_steps": 2}
-    run({**flags, "train_batch_size": 4, "output_dir": tmp_path / "one"})
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    result = launch({**flags, "output_dir": tmp_path / "two"}, launcher=launcher, ACCELERATE_USE_CPU="true")
+    drawn = {"seed": None, "output_dir": tmp_path / "two", "validation_prompts": ["red dots"]}
+    result = launch({**flags, **drawn}, launcher=TWO_PROCESSES, ACCELERATE_USE_CPU="true")
     assert result.returncode == 0, result.stderr
+    seed = read_checkpoint(tmp_path / "two" / "checkpoint-2")["seed"]  # drawn by one process, for both
+    run({**flags, "train_batch_size": 4, "seed": seed, "output_dir": tmp_path / "one"})
     np.testing.assert_allclose(losses_of(tmp_path / "one"), losses_of(tmp_path / "two"), rtol=1e-5)
     one, two = unet_of(tmp_path / "one"), unet_of(tmp_path / "two")
     for name in one:

@@ -5,9 +5,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+    PNDMScheduler,
+    PriorTransformer,
+    StableDiffusionPipeline,
+    UnCLIPScheduler,
+    UNet2DConditionModel,
+    VQModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
 
 RESOLUTION = 32
 WORDS = ["red", "green", "blue", "grey", "dots", "bars", "of", "a", "picture"]
@@ -106,6 +125,74 @@ def make_stable_diffusion(folder, version=1, prediction_type="epsilon", zero_ter
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def make_kandinsky_prior(folder, seed=0):
+    """Write a prior pipeline of random weights in the layout of Kandinsky 2.2, and return it."""
+    tokenizer = make_tokenizer(Path(folder) / "tokenizer")
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text_config = CLIPTextConfig(
+        **size,
+        vocab_size=len(tokenizer),
+        projection_dim=16,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    vision_config = CLIPVisionConfig(**size, projection_dim=16, image_size=32, patch_size=8, hidden_act="gelu")
+    prior = PriorTransformer(
+        num_attention_heads=2, attention_head_dim=8, num_layers=2, embedding_dim=16, num_embeddings=77
+    )
+    fill(prior, seed)
+    prior.clip_mean.data.fill_(0.1)
+    prior.clip_std.data.fill_(0.5)
+    crop = {"crop_size": {"height": 32, "width": 32}, "size": {"shortest_edge": 32}}
+    pipeline = KandinskyV22PriorPipeline(
+        prior=prior,
+        image_encoder=fill(CLIPVisionModelWithProjection(vision_config), seed + 1),
+        text_encoder=fill(CLIPTextModelWithProjection(text_config), seed + 2),
+        tokenizer=tokenizer,
+        scheduler=UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample", num_train_timesteps=1000),
+        image_processor=CLIPImageProcessor(**crop),
+    )
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def make_kandinsky_decoder(folder, seed=0):
+    """Write a decoder pipeline of random weights in the layout of Kandinsky 2.2, and return it; it shrinks 4 times."""
+    unet = UNet2DConditionModel(
+        sample_size=RESOLUTION // 4,
+        in_channels=4,
+        out_channels=8,
+        addition_embed_type="image",
+        encoder_hid_dim=16,
+        encoder_hid_dim_type="image_proj",
+        cross_attention_dim=16,
+        attention_head_dim=4,
+        block_out_channels=(16, 32),
+        down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+        up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        mid_block_type="UNetMidBlock2DSimpleCrossAttn",
+        resnet_time_scale_shift="scale_shift",
+        layers_per_block=1,
+        norm_num_groups=4,
+    )
+    movq = VQModel(
+        block_out_channels=(32, 32, 32),  # its spatial norm has 32 groups
+        down_block_types=("DownEncoderBlock2D", "DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+        up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D", "UpDecoderBlock2D"),
+        latent_channels=4,
+        num_vq_embeddings=16,
+        vq_embed_dim=4,
+        norm_type="spatial",
+        layers_per_block=1,
+        sample_size=RESOLUTION,
+    )
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="linear", clip_sample=False)
+    pipeline = KandinskyV22Pipeline(unet=fill(unet, seed), scheduler=scheduler, movq=fill(movq, seed + 1))
     pipeline.save_pretrained(folder)
     return pipeline
 
