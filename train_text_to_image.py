@@ -80,7 +80,7 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="data set: a Hub id, a local copy of one, or a folder saved by save_to_disk")
     add("--dataset_config_name", help="configuration of that data set, if it has several")
-    add("--train_data_dir", help="folder of images with a metadata.jsonl (file_name and a caption column)")
+    add("--train_data_dir", help="folder of images, with their captions in its metadata.jsonl")
     add("--image_column", default="image", help="column that holds the images")
     add("--caption_column", default="text", help="column that holds a caption, or a list to draw one from")
     add("--max_train_samples", type=int, help="train on so many rows, drawn at random with --seed")
@@ -88,7 +88,7 @@ def parse_args(input_args=None):
     add("--center_crop", action="store_true", help="crop the middle of an image instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images, at random")
     add("--image_interpolation_mode", default="lanczos", choices=choices_of_interpolation, help="filter for resizing")
-    add("--proportion_empty_prompts", type=float, default=0, help="share of captions left out, so that guidance works")
+    add("--proportion_empty_prompts", type=float, default=0, help="share of examples trained without their condition")
     add("--dataloader_num_workers", type=int, default=0, help="processes that read images; 0: the main one does")
 
     add = parser.add_argument_group("objective").add_argument

@@ -1,5 +1,6 @@
-"""Fixtures: tiny checkpoints and images made once per session, and the script run in this process or in a fresh one."""
+"""Fixtures: tiny checkpoints and images made once a session; the scripts run in this process or in a fresh one."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -15,7 +16,6 @@ import tiny
 from accelerate.state import AcceleratorState, GradientState
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "train_text_to_image.py"
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -79,14 +79,13 @@ def command_line(flags):
     return words
 
 
-def run(flags):
-    """Run the script's `main` in this process."""
-    import train_text_to_image
+def run(flags, script="train_text_to_image"):
+    """Run a script's `main` in this process."""
+    module = importlib.import_module(script)
+    module.main(module.parse_args(command_line(flags)))
 
-    train_text_to_image.main(train_text_to_image.parse_args(command_line(flags)))
 
-
-def launch(flags, launcher=(sys.executable,), **environment):
-    """Run the script in a fresh process. Returns `subprocess.CompletedProcess` with stdout and stderr as text."""
-    command = [*launcher, str(SCRIPT), *command_line(flags)]
+def launch(flags, launcher=(sys.executable,), script="train_text_to_image", **environment):
+    """Run a script in a fresh process. Returns `subprocess.CompletedProcess` with stdout and stderr as text."""
+    command = [*launcher, str(ROOT / f"{script}.py"), *command_line(flags)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)

@@ -122,10 +122,10 @@ def test_a_failed_save_leaves_the_older_checkpoints_alone(flags, monkeypatch):
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 
-def tensors_of(checkpoint):
+def tensors_of(checkpoint, models=("unet", "unet_ema")):
     """Every weight, EMA weight and optimizer moment in a checkpoint, {name: tensor}."""
     tensors = {}
-    for name in ("unet", "unet_ema"):
+    for name in models:
         for key, value in load_file(checkpoint / name / "diffusion_pytorch_model.safetensors").items():
             tensors[f"{name}.{key}"] = value
     moments = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
@@ -134,8 +134,8 @@ def tensors_of(checkpoint):
     return tensors
 
 
-def largest_difference(one, other):
-    one, other = tensors_of(one), tensors_of(other)
+def largest_difference(one, other, models=("unet", "unet_ema")):
+    one, other = tensors_of(one, models), tensors_of(other, models)
     assert one.keys() == other.keys()
     assert len(one) > 100
     return max((one[name].double() - other[name].double()).abs().max().item() for name in one)

@@ -33,11 +33,21 @@ OWN = {
 # The same names and formulas in torch and in jnp, tested against one stored table of values.
 OBJECTIVE = {"add_noise", "prediction_target", "signal_to_noise_ratio", "min_snr_weight", "weighted_squared_error"}
 # Flags that differ on purpose: {flag: why}.
-INTENDED_FLAGS = {}
+INTENDED_FLAGS = {
+    "resolution": "the prior never sees pixels at it: its image processor decides",
+    "output_dir": "the upstream scripts' defaults",
+    "train_batch_size": "the upstream scripts' defaults",
+    "adam_weight_decay": "the upstream scripts' defaults",
+}
 # Flags that are accepted and not needed.
 WITHOUT_EFFECT = {"local_rank", "foreach_ema"}
 # Ours beyond upstream's.
-NEW_FLAGS = {"train_text_to_image.py": {"proportion_empty_prompts", "validation_steps", "logging_steps"}}
+NEW = {"proportion_empty_prompts", "validation_steps", "logging_steps"}
+NEW_FLAGS = {
+    "train_text_to_image.py": NEW,
+    "train_text_to_image_prior.py": NEW | {"gradient_checkpointing"},
+    "train_text_to_image_decoder.py": NEW,
+}
 
 LONGEST_MAIN, LONGEST_FUNCTION, DEEPEST = 170, 40, 5
 

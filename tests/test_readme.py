@@ -41,7 +41,11 @@ def workplace(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     tiny.make_images(folder / "my_images")
     tiny.make_stable_diffusion(folder / "sd")
+    tiny.make_kandinsky_prior(folder / "prior")
+    tiny.make_kandinsky_decoder(folder / "decoder")
     with Hub() as hub:
+        hub.add_repo("kandinsky-community/kandinsky-2-2-prior", folder / "prior")
+        hub.add_repo("kandinsky-community/kandinsky-2-2-decoder", folder / "decoder")
         hub.add_repo("stable-diffusion-v1-5/stable-diffusion-v1-5", folder / "sd")
         hub.add_repo("lambdalabs/naruto-blip-captions", folder / "my_images", repo_type="dataset")
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -57,33 +61,54 @@ def check(command, workplace):
 
 def test_every_command_is_run_or_accounted_for():
     assert set(commands()) == set(TRAINING) | RUN_ELSEWHERE.keys()
-    assert len(TRAINING) == 4
-    assert len(blocks("python")) == 3
+    assert len(TRAINING) == 6
+    assert len(blocks("python")) == 6
 
 
-@pytest.mark.parametrize("command", [c for c in TRAINING if "--resume" not in c], ids=lambda c: c[:60])
-def test_training_command(command, workplace):
-    words = shlex.split(command)
-    words[words.index("train_text_to_image.py")] = str(ROOT / "train_text_to_image.py")
+def words_of(command):
+    """The command's words, with the script where it lies and no more processes than there are here."""
+    words = [str(ROOT / word) if word.startswith("train_text_to_image") else word for word in shlex.split(command)]
     if "--num_processes=8" in words:
         words[words.index("--num_processes=8")] = "--num_processes=2"
         words.insert(2, "--cpu")
+    return words
+
+
+def alone(command):
+    """Whether a command is neither the one that resumes another nor one of Kandinsky's pair, which are run below."""
+    return "--resume" not in command and "kandinsky" not in command
+
+
+@pytest.mark.parametrize("command", filter(alone, TRAINING), ids=lambda command: command[:60])
+def test_training_command(command, workplace):
+    words = words_of(command)
     folder = Path(words[-1].removeprefix("--output_dir="))
     check([*words, *SMALL, f"--output_dir={folder}-{TRAINING.index(command)}"], workplace)
+
+
+def test_the_kandinsky_pair_and_the_code_that_draws_with_it(workplace):
+    for command in TRAINING:
+        if "kandinsky" in command:
+            check([*words_of(command), *SMALL], workplace)
+    for code in blocks("python")[3:]:
+        code = code.replace("checkpoint-500", "checkpoint-2")
+        code = code.replace('mine")', 'mine", height=32, width=32, num_inference_steps=2)')
+        check([sys.executable, "-c", code], workplace)
+        picture = workplace[0] / "picture.png"
+        assert picture.is_file()
+        picture.unlink()
 
 
 def test_resume_command_and_the_code_that_uses_the_result(workplace):
     """The first training command of the README, the one that resumes it, then the two ways of using the result."""
     folder, environment = workplace
-    script = str(ROOT / "train_text_to_image.py")
     first, resume = TRAINING[0], next(command for command in TRAINING if "--resume" in command)
     assert resume == f"{first} --resume_from_checkpoint"
     for command in (first, resume):
-        words = [script if word == "train_text_to_image.py" else word for word in shlex.split(command)]
         steps = "--max_train_steps=3" if command is resume else "--max_train_steps=2"
-        result = check([*words, *SMALL, steps], workplace)
+        result = check([*words_of(command), *SMALL, steps], workplace)
     assert "going on from my_model/checkpoint-2" in result.stderr
-    for code in blocks("python")[1:]:
+    for code in blocks("python")[1:3]:
         code = code.replace("checkpoint-500", "checkpoint-3")
         check([sys.executable, "-c", code], workplace)
         assert (folder / "picture.png").is_file()
@@ -97,9 +122,11 @@ def test_notebook(workplace):
 
 
 def test_the_number_of_flags_is_true():
-    from train_text_to_image import parse_args
+    import train_text_to_image
+    import train_text_to_image_decoder
 
-    flags = vars(parse_args(["--pretrained_model_name_or_path", "a", "--train_data_dir", "b"]))
+    flags = vars(train_text_to_image.parse_args(["--pretrained_model_name_or_path", "a", "--train_data_dir", "b"]))
     assert f"lists all {len(flags)}" in README
+    flags |= vars(train_text_to_image_decoder.parse_args(["--train_data_dir", "b"]))
     for name in re.findall(r"`--(\w+)`", README):
-        assert name in flags or name in ("num_processes",), name
+        assert name in flags or name in ("quiet",), name
