@@ -64,15 +64,23 @@ def definitions(source):
     return found
 
 
+def differing(tables, exempt):
+    """Names that two scripts give different values: [(name, script, other script)]; tables: {script: {name: value}}."""
+    first, found = {}, []
+    for script, table in tables.items():
+        for name, value in table.items():
+            other, other_value = first.setdefault(name, (script, value))
+            if value != other_value and name not in exempt:
+                found.append((name, other, script))
+    return found
+
+
 def differing_definitions(sources, exempt):
-    """Names that two scripts define in different words: [(name, script, other script)]."""
-    first, differing = {}, []
-    for script, source in sources.items():
-        for name, text in definitions(source).items():
-            other, other_text = first.setdefault(name, (script, text))
-            if text != other_text and name not in exempt:
-                differing.append((name, other, script))
-    return differing
+    return differing({script: definitions(source) for script, source in sources.items()}, exempt)
+
+
+def differing_flags(sources, exempt):
+    return differing({script: flags(source) for script, source in sources.items()}, exempt)
 
 
 def flags(source):
@@ -80,17 +88,6 @@ def flags(source):
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     calls = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "add"]
     return {call.args[0].value[2:]: {k.arg: ast.unparse(k.value) for k in call.keywords} for call in calls}
-
-
-def differing_flags(sources, intended):
-    """Flags that two scripts describe differently: [(flag, script, other script)]."""
-    first, differing = {}, []
-    for script, source in sources.items():
-        for flag, keywords in flags(source).items():
-            other, other_keywords = first.setdefault(flag, (script, keywords))
-            if keywords != other_keywords and flag not in intended:
-                differing.append((flag, other, script))
-    return differing
 
 
 def unread_flags(source):

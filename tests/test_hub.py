@@ -56,6 +56,24 @@ def test_what_arrives_is_what_output_dir_holds(hub, flags):
     assert created < uploaded
 
 
+@pytest.mark.parametrize("script", ["train_text_to_image_prior", "train_text_to_image_decoder"])
+def test_a_kandinsky_half_goes_from_the_hub_to_the_hub(script, hub, flags, tmp_path):
+    tiny.make_kandinsky_prior(tmp_path / "prior")
+    tiny.make_kandinsky_decoder(tmp_path / "decoder")
+    hub.add_repo("kandinsky-community/kandinsky-2-2-prior", tmp_path / "prior")  # the flags' defaults
+    hub.add_repo("kandinsky-community/kandinsky-2-2-decoder", tmp_path / "decoder")
+    flags |= {"pretrained_model_name_or_path": None, "push_to_hub": True, "hub_model_id": "user/tuned"}
+    result = launch({**flags, "checkpointing_steps": 1}, script=script, **hub.environment(WRITE))
+    assert result.returncode == 0, result.stderr
+    arrived = hub.files("user/tuned")
+    assert {name: arrived[name] for name in arrived if name != ".gitattributes"} == files_below(
+        flags["output_dir"], "checkpoint-", "logs"
+    )
+    card = arrived["README.md"].decode()
+    assert f"base_model: kandinsky-community/kandinsky-2-2-{script.rpartition('_')[2]}" in card
+    assert ("prior:\n- kandinsky-community/kandinsky-2-2-prior" in card) == script.endswith("decoder")
+
+
 def test_a_revision_of_the_model(hub, flags, pipeline_folder, tmp_path):
     """The main branch holds no model at all; `v1` does, and `other` the weights that the UNet starts from."""
     (tmp_path / "empty").mkdir()

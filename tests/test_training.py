@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from train_text_to_image import read_checkpoint
 
+SCRIPTS = ["train_text_to_image", "train_text_to_image_prior", "train_text_to_image_decoder"]
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 
 
@@ -166,23 +167,31 @@ def test_epochs_become_steps(flags):
 # Golden losses --------------------------------------------------------------------------------------------------------
 
 
-def golden_run(output_dir):
+def golden_run(script, output_dir):
     """A short run with everything on that enters the loss; its losses are compared with stored ones."""
     folder = output_dir.with_name("golden")
-    tiny.make_stable_diffusion(folder / "model", seed=1)
     tiny.make_images(folder / "images", caption_lists=True, seed=1)
-    flags = {"pretrained_model_name_or_path": folder / "model", "train_data_dir": folder / "images", "seed": 1}
-    flags |= {"resolution": 32, "train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 6}
-    flags |= {"learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "random_flip": True}
-    flags |= {"snr_gamma": 5.0, "noise_offset": 0.1, "input_perturbation": 0.1, "proportion_empty_prompts": 0.2}
-    run({**flags, "output_dir": output_dir})
+    flags = {"train_data_dir": folder / "images", "seed": 1, "resolution": 32, "output_dir": output_dir}
+    flags |= {"train_batch_size": 2, "gradient_accumulation_steps": 2, "max_train_steps": 6, "snr_gamma": 5.0}
+    flags |= {"learning_rate": 1e-3, "lr_scheduler": "cosine", "lr_warmup_steps": 2, "proportion_empty_prompts": 0.2}
+    if script == "train_text_to_image":
+        tiny.make_stable_diffusion(folder / "model", seed=1)
+        flags |= {"pretrained_model_name_or_path": folder / "model", "random_flip": True}
+        flags |= {"noise_offset": 0.1, "input_perturbation": 0.1}
+    else:
+        tiny.make_kandinsky_prior(folder / "prior", seed=1)
+        tiny.make_kandinsky_decoder(folder / "decoder", seed=1)
+        flags |= {"pretrained_prior_model_name_or_path": folder / "prior"}
+        flags |= {"pretrained_decoder_model_name_or_path": folder / "decoder"}
+    run(flags, script)
     return losses_of(output_dir)
 
 
-def test_golden_losses(flags):
-    """After a wanted change, write them anew: python tests/test_training.py"""
-    golden = json.loads(GOLDEN.read_text())
-    np.testing.assert_allclose(golden_run(flags["output_dir"]), golden["losses"], rtol=1e-4)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_golden_losses(script, tmp_path):
+    """After a wanted change, write them anew: PYTHONPATH=.:tests OMP_NUM_THREADS=1 python tests/test_training.py"""
+    golden = json.loads(GOLDEN.read_text())["losses"]
+    np.testing.assert_allclose(golden_run(script, tmp_path / "output"), golden[script], rtol=1e-4)
 
 
 # EMA ------------------------------------------------------------------------------------------------------------------
@@ -424,8 +433,10 @@ if __name__ == "__main__":
     import importlib.metadata
     import tempfile
 
-    with tempfile.TemporaryDirectory() as folder:
-        losses = golden_run(Path(folder) / "output")
+    losses = {}
+    for script in SCRIPTS:
+        with tempfile.TemporaryDirectory() as folder:
+            losses[script] = golden_run(script, Path(folder) / "output")
     versions = {
         name: importlib.metadata.version(name) for name in ("torch", "torchvision", "diffusers", "transformers")
     }
