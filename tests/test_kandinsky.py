@@ -219,6 +219,25 @@ def test_frozen_parts_are_saved_as_they_were(script, flags):
 
 
 @both
+def test_loss_falls_when_one_image_is_learned_by_heart(script, flags, tmp_path):
+    tiny.make_images(tmp_path / "one", number=1)
+    flags |= {"train_data_dir": tmp_path / "one", "learning_rate": 3e-3, "max_train_steps": 80, "train_batch_size": 8}
+    run(flags, script)
+    losses = losses_of(flags["output_dir"])
+    assert np.mean(losses[-10:]) < 0.5 * np.mean(losses[:10])
+
+
+@both
+def test_wandb_offline(script, flags, tmp_path):
+    result = launch({**flags, "report_to": "wandb", "hub_token": "hf_Secret"}, script=script, WANDB_DIR=str(tmp_path))
+    assert result.returncode == 0, result.stderr
+    (log,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    assert b"train_loss" in log.read_bytes()
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"hf_Secret" not in written + (result.stdout + result.stderr).encode()
+
+
+@both
 def test_resume_is_exact(script, flags, tmp_path):
     flags |= {"use_ema": True, "gradient_accumulation_steps": 3, "proportion_empty_prompts": 0.2}
     flags |= {"max_train_steps": 12, "checkpointing_steps": 6, "lr_scheduler": "cosine", "learning_rate": 1e-3}
