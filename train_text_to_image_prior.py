@@ -678,7 +678,8 @@ def save_model_card(args, name, seed, metadata, sentence, usage, validation_imag
         path = validation_image.relative_to(args.output_dir).as_posix()
         pictures = f"![pictures of the validation prompts]({path})\n\nThe pictures, row by row:\n\n{drawn}\n\n"
     flags = json.dumps(recorded_arguments(args, seed), indent=2, ensure_ascii=False)
-    card = f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{sentence}\n\n{pictures}"
+    title = hub_id(name) or Path(name).resolve().name
+    card = f"---\n{metadata.to_yaml()}\n---\n\n# {title}\n\n{sentence}\n\n{pictures}"
     card += f"## Use\n\n```python\n{usage}\n```\n\n## Flags of the training run\n\n```json\n{flags}\n```\n"
     (Path(args.output_dir) / "README.md").write_text(card, encoding="utf-8")
 

@@ -20,8 +20,10 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import diffusers
 import shapes
 import torch
+import transformers
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 
@@ -173,6 +175,8 @@ def save_grid(sheet, path):
 
 def main(args):
     start = time.time()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     folder = args.output_dir.resolve()
     data_dir, model_dir = folder / "train-data", folder / "model"
     for earlier in (data_dir, model_dir):  # of a demo before this one

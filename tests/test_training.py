@@ -366,6 +366,7 @@ def test_the_model_card_of_a_local_run_names_its_folder(flags):
     run({**flags, "seed": None})
     text = (flags["output_dir"] / "README.md").read_text()
     assert f'from_pretrained("{flags["output_dir"]}")' in text
+    assert "\n# output\n" in text
     assert re.search(r'"seed": \d+,', text)  # drawn, and not lost
 
 
