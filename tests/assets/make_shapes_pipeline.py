@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -358,6 +359,16 @@ def make_pipeline(vae, text_encoder, tokenizer, unet):
     )
 
 
+def use_published_names(path):
+    """Names the text encoder's tensors as published checkpoints do, which every release of transformers reads.
+
+    Later releases leave the prefix out when they save a model of their own making; earlier ones then find no weights,
+    and start from random ones with no more than a warning.
+    """
+    tensors = {f"text_model.{name.removeprefix('text_model.')}": value for name, value in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Measuring
 # ----------------------------------------------------------------------------------------------------------------------
@@ -394,6 +405,7 @@ def main(args):
     text_encoder, unet, loss = train_unet(args, vae, tokenizer)
     pipeline = make_pipeline(vae, text_encoder, tokenizer, unet)
     pipeline.save_pretrained(args.output_dir, safe_serialization=True)
+    use_published_names(args.output_dir / "text_encoder" / "model.safetensors")
 
     seconds = time.time() - start
     pipeline.set_progress_bar_config(disable=True)
