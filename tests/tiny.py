@@ -197,14 +197,14 @@ def make_kandinsky_decoder(folder, seed=0):
     return pipeline
 
 
-def make_images(folder, number=8, caption_lists=False, seed=0):
-    """Write `number` PNG images of various sizes with metadata.jsonl; captions are strings, or lists of them."""
+def make_images(folder, number=8, caption_lists=False, seed=0, largest=2 * RESOLUTION):
+    """Write `number` PNG images with sides from RESOLUTION to `largest`, and captions, strings or lists of them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     rows = []
     for index in range(number):
-        width, height = rng.integers(RESOLUTION, 2 * RESOLUTION, 2)
+        width, height = rng.integers(RESOLUTION, largest, 2, endpoint=largest == RESOLUTION)
         name, colour = ("red", "green", "blue", "grey")[index % 4], rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(colour).resize((int(width), int(height)), Image.Resampling.NEAREST).save(
             folder / f"{index}.png"
