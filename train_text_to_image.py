@@ -88,7 +88,7 @@ def parse_args(input_args=None):
     add("--center_crop", action="store_true", help="crop the middle of an image instead of a random place")
     add("--random_flip", action="store_true", help="mirror half of the images, at random")
     add("--image_interpolation_mode", default="lanczos", choices=choices_of_interpolation, help="filter for resizing")
-    add("--proportion_empty_prompts", type=float, default=0, help="share of examples trained without their condition")
+    add("--proportion_empty_prompts", type=float, default=0, help="share of captions left out, so that guidance works")
     add("--dataloader_num_workers", type=int, default=0, help="processes that read images; 0: the main one does")
 
     add = parser.add_argument_group("objective").add_argument
@@ -553,8 +553,11 @@ def read_checkpoint(checkpoint):
     return state
 
 
-def check_resume(args, checkpoint, state):
-    """Log where the run goes on, and which flags changed since its checkpoint. Raises RunError if it can't go on so."""
+def check_resume(args, checkpoint, state, name):
+    """Log where the run goes on, and which flags changed since its checkpoint. Raises RunError if it can't go on so.
+
+    name: the folder of the trained weights in a checkpoint.
+    """
     if checkpoint is None:
         logger.info(f"--resume_from_checkpoint: no checkpoint in {args.output_dir}, starting anew")
         return
@@ -562,6 +565,8 @@ def check_resume(args, checkpoint, state):
     names = sorted((before.keys() | now.keys()) - {"resume_from_checkpoint", "output_dir"})
     changes = [f"--{name} {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
     logger.info(f"going on from {checkpoint}" + (f", now with {', '.join(changes)}" if changes else ""))
+    if not (checkpoint / name).is_dir():
+        raise RunError(f"--resume_from_checkpoint {checkpoint}: holds no {name}/, it is of another script")
     if args.use_ema and not before["use_ema"]:
         raise RunError(f"--use_ema: {checkpoint} holds no average, its run was without the flag")
     if args.use_8bit_adam != before["use_8bit_adam"]:
@@ -777,7 +782,11 @@ def prepare_hub_repository(args):
 def push_to_hub(args, repo_id):
     """Upload output_dir without checkpoints and logs. Raises RunError with the command that does it by hand."""
     logs = os.path.relpath(os.path.join(args.output_dir, args.logging_dir), args.output_dir)
-    ignored = ["checkpoint-*/*", f"{glob.escape(logs)}/*"]  # `*` stands for any number of sub-folders here
+    ignored = [
+        "checkpoint-*/*",
+        "set-aside-*/*",
+        f"{glob.escape(logs)}/*",
+    ]  # `*` stands for any number of sub-folders here
     try:
         api = HfApi(token=args.hub_token)
         api.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
@@ -1023,7 +1032,7 @@ def main(args):
     first_step, examples_seen = state["step"], state["examples_seen"]
     seed = broadcast_object_list([state["seed"] if args.seed is None else args.seed])[0]
     if args.resume_from_checkpoint:
-        check_resume(args, checkpoint, state)
+        check_resume(args, checkpoint, state, "unet")
 
     # Models: the UNet in float32, the frozen ones in the precision of the mixed-precision mode.
     path, hub = args.pretrained_model_name_or_path, {"revision": args.revision, "cache_dir": args.cache_dir}
@@ -1140,9 +1149,9 @@ def main(args):
     if accelerator.is_main_process:
         validation_image = None
         with evaluation_weights(unet, ema_unet):
+            pipeline.save_pretrained(args.output_dir)
             if args.validation_prompts:
                 validation_image = log_validation(pipeline, vae, text_encoder, accelerator, args, seed, last_step)
-            pipeline.save_pretrained(args.output_dir)
         name = repo_id or args.output_dir
         save_model_card(args, name, seed, *describe_result(args, name, last_step), validation_image)
         logger.info(f"saved the pipeline in {args.output_dir}")

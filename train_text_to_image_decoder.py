@@ -91,7 +91,9 @@ def parse_args(input_args=None):
     add("--image_column", default="image", help="column that holds the images")
     add("--max_train_samples", type=int, help="train on so many rows, drawn at random with --seed")
     add("--resolution", type=int, default=512, help="side of the square training images, in pixels")
-    add("--proportion_empty_prompts", type=float, default=0, help="share of examples trained without their condition")
+    add(
+        "--proportion_empty_prompts", type=float, default=0, help="share of embeddings left out, so that guidance works"
+    )
     add("--dataloader_num_workers", type=int, default=0, help="processes that read images; 0: the main one does")
 
     add = parser.add_argument_group("objective").add_argument
@@ -484,8 +486,11 @@ def read_checkpoint(checkpoint):
     return state
 
 
-def check_resume(args, checkpoint, state):
-    """Log where the run goes on, and which flags changed since its checkpoint. Raises RunError if it can't go on so."""
+def check_resume(args, checkpoint, state, name):
+    """Log where the run goes on, and which flags changed since its checkpoint. Raises RunError if it can't go on so.
+
+    name: the folder of the trained weights in a checkpoint.
+    """
     if checkpoint is None:
         logger.info(f"--resume_from_checkpoint: no checkpoint in {args.output_dir}, starting anew")
         return
@@ -493,6 +498,8 @@ def check_resume(args, checkpoint, state):
     names = sorted((before.keys() | now.keys()) - {"resume_from_checkpoint", "output_dir"})
     changes = [f"--{name} {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
     logger.info(f"going on from {checkpoint}" + (f", now with {', '.join(changes)}" if changes else ""))
+    if not (checkpoint / name).is_dir():
+        raise RunError(f"--resume_from_checkpoint {checkpoint}: holds no {name}/, it is of another script")
     if args.use_ema and not before["use_ema"]:
         raise RunError(f"--use_ema: {checkpoint} holds no average, its run was without the flag")
     if args.use_8bit_adam != before["use_8bit_adam"]:
@@ -669,7 +676,8 @@ def describe_result(args, name, steps):
         datasets=[source] if hub_id(source) else None,
         library_name="diffusers",
         tags=["kandinsky", "text-to-image", "diffusers", "diffusers-training"],
-        prior=[hub_id(prior) or str(Path(prior).resolve())],  # where AutoPipelineForText2Image finds the other half
+        # Where AutoPipelineForText2Image finds the other half; a folder of this machine is nothing to the Hub.
+        prior=[hub_id(prior) or str(Path(prior).resolve())] if hub_id(prior) or not args.push_to_hub else None,
     )
     prompt = json.dumps((args.validation_prompts or ["a prompt"])[0], ensure_ascii=False)
     usage = f"""from diffusers import AutoPipelineForText2Image
@@ -715,7 +723,11 @@ def prepare_hub_repository(args):
 def push_to_hub(args, repo_id):
     """Upload output_dir without checkpoints and logs. Raises RunError with the command that does it by hand."""
     logs = os.path.relpath(os.path.join(args.output_dir, args.logging_dir), args.output_dir)
-    ignored = ["checkpoint-*/*", f"{glob.escape(logs)}/*"]  # `*` stands for any number of sub-folders here
+    ignored = [
+        "checkpoint-*/*",
+        "set-aside-*/*",
+        f"{glob.escape(logs)}/*",
+    ]  # `*` stands for any number of sub-folders here
     try:
         api = HfApi(token=args.hub_token)
         api.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
@@ -811,6 +823,15 @@ def empty_embedding(image_encoder):
         return image_encoder(zeros).image_embeds
 
 
+def check_tokenizer(tokenizer, text_encoder):
+    """Raise RunError if they do not belong together: a tokenizer that lacks its files comes up empty, silently."""
+    tokens, embeddings = len(tokenizer), text_encoder.config.vocab_size
+    if tokens != embeddings:
+        raise RunError(
+            f"the tokenizer knows {tokens} tokens and the text encoder {embeddings}: is tokenizer/ complete?"
+        )
+
+
 def check_architecture(unet, movq, image_encoder, resolution):
     """Raise RunError unless the UNet takes what image encoder and MoVQ make, and MoVQ takes the resolution."""
     if unet.config.encoder_hid_dim != image_encoder.config.projection_dim:
@@ -818,10 +839,10 @@ def check_architecture(unet, movq, image_encoder, resolution):
             f"--pretrained_decoder_model_name_or_path: the UNet takes image embeddings of width "
             f"{unet.config.encoder_hid_dim}, and the prior's image encoder makes {image_encoder.config.projection_dim}"
         )
-    factor = vae_factor(movq)
+    factor = vae_factor(movq) * 2 ** (len(unet.config.block_out_channels) - 1)  # its blocks take no odd sizes
     if resolution % factor:
         larger = (resolution // factor + 1) * factor
-        raise RunError(f"--resolution {resolution}: MoVQ takes multiples of {factor}, such as {larger}")
+        raise RunError(f"--resolution {resolution}: the decoder takes multiples of {factor}, such as {larger}")
 
 
 def enable_xformers(unet):
@@ -936,7 +957,7 @@ def main(args):
     first_step, examples_seen = state["step"], state["examples_seen"]
     seed = broadcast_object_list([state["seed"] if args.seed is None else args.seed])[0]
     if args.resume_from_checkpoint:
-        check_resume(args, checkpoint, state)
+        check_resume(args, checkpoint, state, "unet")
 
     # Models: the UNet in float32, the frozen ones in the precision of the mixed-precision mode.
     weights = {"cache_dir": args.cache_dir, "use_safetensors": True, "dtype": torch.float32}
@@ -966,6 +987,7 @@ def main(args):
         with naming(f"--pretrained_prior_model_name_or_path {prior_path}"):
             shared = {"image_encoder": image_encoder, "image_processor": image_processor}
             prior_pipeline = KandinskyV22PriorPipeline.from_pretrained(prior_path, **shared, **frozen)
+        check_tokenizer(prior_pipeline.tokenizer, prior_pipeline.text_encoder)
     ema_unet = None
     if args.use_ema:
         ema_unet = EMAModel(ema_start.parameters(), foreach=True)
@@ -1059,9 +1081,9 @@ def main(args):
     if accelerator.is_main_process:
         validation_image = None
         with evaluation_weights(unet, ema_unet):
+            pipeline.save_pretrained(args.output_dir)
             if args.validation_prompts:
                 validation_image = log_validation(pipeline, prior_pipeline, movq, accelerator, args, seed, last_step)
-            pipeline.save_pretrained(args.output_dir)
         name = repo_id or args.output_dir
         save_model_card(args, name, seed, *describe_result(args, name, last_step), validation_image)
         logger.info(f"saved the pipeline in {args.output_dir}")

@@ -84,7 +84,7 @@ def parse_args(input_args=None):
     add("--caption_column", default="text", help="column that holds a caption, or a list to draw one from")
     add("--max_train_samples", type=int, help="train on so many rows, drawn at random with --seed")
     add("--resolution", type=int, default=512, help="side of validation pictures; training follows the image processor")
-    add("--proportion_empty_prompts", type=float, default=0, help="share of examples trained without their condition")
+    add("--proportion_empty_prompts", type=float, default=0, help="share of captions left out, so that guidance works")
     add("--dataloader_num_workers", type=int, default=0, help="processes that read images; 0: the main one does")
 
     add = parser.add_argument_group("objective").add_argument
@@ -465,8 +465,11 @@ def read_checkpoint(checkpoint):
     return state
 
 
-def check_resume(args, checkpoint, state):
-    """Log where the run goes on, and which flags changed since its checkpoint. Raises RunError if it can't go on so."""
+def check_resume(args, checkpoint, state, name):
+    """Log where the run goes on, and which flags changed since its checkpoint. Raises RunError if it can't go on so.
+
+    name: the folder of the trained weights in a checkpoint.
+    """
     if checkpoint is None:
         logger.info(f"--resume_from_checkpoint: no checkpoint in {args.output_dir}, starting anew")
         return
@@ -474,6 +477,8 @@ def check_resume(args, checkpoint, state):
     names = sorted((before.keys() | now.keys()) - {"resume_from_checkpoint", "output_dir"})
     changes = [f"--{name} {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)]
     logger.info(f"going on from {checkpoint}" + (f", now with {', '.join(changes)}" if changes else ""))
+    if not (checkpoint / name).is_dir():
+        raise RunError(f"--resume_from_checkpoint {checkpoint}: holds no {name}/, it is of another script")
     if args.use_ema and not before["use_ema"]:
         raise RunError(f"--use_ema: {checkpoint} holds no average, its run was without the flag")
     if args.use_8bit_adam != before["use_8bit_adam"]:
@@ -566,7 +571,8 @@ def log_validation(pipeline, decoder, image_encoder, text_encoder, accelerator, 
             image_embeds, negative_image_embeds = pipeline(prompt, generator=generator, return_dict=False)
             embeds = {"image_embeds": image_embeds, "negative_image_embeds": negative_image_embeds}
             images += decoder(**embeds, num_inference_steps=20, generator=generator, **size).images
-    decoder.to("cpu")
+    for part in (decoder.unet, decoder.movq):
+        part.to("cpu")
     return save_validation(images, accelerator, args, step)
 
 
@@ -697,7 +703,11 @@ def prepare_hub_repository(args):
 def push_to_hub(args, repo_id):
     """Upload output_dir without checkpoints and logs. Raises RunError with the command that does it by hand."""
     logs = os.path.relpath(os.path.join(args.output_dir, args.logging_dir), args.output_dir)
-    ignored = ["checkpoint-*/*", f"{glob.escape(logs)}/*"]  # `*` stands for any number of sub-folders here
+    ignored = [
+        "checkpoint-*/*",
+        "set-aside-*/*",
+        f"{glob.escape(logs)}/*",
+    ]  # `*` stands for any number of sub-folders here
     try:
         api = HfApi(token=args.hub_token)
         api.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
@@ -792,6 +802,15 @@ def check_tokenizer(tokenizer, text_encoder):
     if tokens != embeddings:
         raise RunError(
             f"the tokenizer knows {tokens} tokens and the text encoder {embeddings}: is tokenizer/ complete?"
+        )
+
+
+def check_decoder(decoder, prior):
+    """Raise RunError unless the decoder takes the embeddings that the prior makes."""
+    if decoder.unet.config.encoder_hid_dim != prior.config.embedding_dim:
+        raise RunError(
+            f"--pretrained_decoder_model_name_or_path: the decoder takes embeddings of width "
+            f"{decoder.unet.config.encoder_hid_dim}, and the prior makes {prior.config.embedding_dim}"
         )
 
 
@@ -907,7 +926,7 @@ def main(args):
     first_step, examples_seen = state["step"], state["examples_seen"]
     seed = broadcast_object_list([state["seed"] if args.seed is None else args.seed])[0]
     if args.resume_from_checkpoint:
-        check_resume(args, checkpoint, state)
+        check_resume(args, checkpoint, state, "prior")
 
     # Models: the prior in float32, the frozen ones in the precision of the mixed-precision mode.
     weights = {"cache_dir": args.cache_dir, "use_safetensors": True, "dtype": torch.float32}
@@ -937,6 +956,7 @@ def main(args):
         check_model_folder("pretrained_decoder_model_name_or_path", decoder_path, ["unet", "scheduler", "movq"])
         with naming(f"--pretrained_decoder_model_name_or_path {decoder_path}"):
             decoder = KandinskyV22Pipeline.from_pretrained(decoder_path, **frozen)
+        check_decoder(decoder, prior)
     ema_prior = None
     if args.use_ema:
         ema_prior = EMAModel(ema_start.parameters(), foreach=True)
@@ -1028,10 +1048,10 @@ def main(args):
     if accelerator.is_main_process:
         validation_image = None
         with evaluation_weights(prior, ema_prior):
+            pipeline.save_pretrained(args.output_dir)
             if args.validation_prompts:
                 halves = (pipeline, decoder, image_encoder, text_encoder)
                 validation_image = log_validation(*halves, accelerator, args, seed, last_step)
-            pipeline.save_pretrained(args.output_dir)
         name = repo_id or args.output_dir
         save_model_card(args, name, seed, *describe_result(args, name, last_step), validation_image)
         logger.info(f"saved the pipeline in {args.output_dir}")

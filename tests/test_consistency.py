@@ -34,6 +34,7 @@ OWN = {
 OBJECTIVE = {"add_noise", "prediction_target", "signal_to_noise_ratio", "min_snr_weight", "weighted_squared_error"}
 # Flags that differ on purpose: {flag: why}.
 INTENDED_FLAGS = {
+    "proportion_empty_prompts": "the decoder has no captions",
     "resolution": "the prior never sees pixels at it: its image processor decides",
     "output_dir": "the upstream scripts' defaults",
     "train_batch_size": "the upstream scripts' defaults",

@@ -39,9 +39,13 @@ def test_what_arrives_is_what_output_dir_holds(hub, flags):
     flags |= {"logging_dir": "./my [logs]/", "validation_prompts": ["red dots"]}
     result = launch(flags, **hub.environment())
     assert result.returncode == 0, result.stderr
+    (flags["output_dir"] / "set-aside-1-checkpoint-1").mkdir()  # as a resume from an earlier checkpoint leaves it
+    (flags["output_dir"] / "set-aside-1-checkpoint-1" / "optimizer.bin").write_bytes(b"not to be uploaded")
+    again = launch({**flags, "resume_from_checkpoint": True}, **hub.environment())
+    assert again.returncode == 0, again.stderr
     arrived = hub.files("user/tuned")
     assert {name: arrived[name] for name in arrived if name != ".gitattributes"} == files_below(
-        flags["output_dir"], "checkpoint-", "my [logs]"
+        flags["output_dir"], "checkpoint-", "my [logs]", "set-aside-"
     )
     assert {"README.md", "model_index.json", "unet/diffusion_pytorch_model.safetensors"} <= arrived.keys()
     assert "validation/step-000002.png" in arrived

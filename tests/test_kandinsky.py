@@ -254,9 +254,13 @@ def test_resume_is_exact(script, flags, tmp_path):
 
 
 @both
-def test_gradient_checkpointing_changes_no_bit(script, flags, tmp_path):
+def test_gradient_checkpointing_recomputes_and_changes_no_bit(script, flags, tmp_path, monkeypatch):
+    calls, checkpoint = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", lambda *a, **k: calls.append(1) or checkpoint(*a, **k))
     run({**flags, "output_dir": tmp_path / "plain"}, script)
+    assert not calls
     run({**flags, "output_dir": tmp_path / "recomputed", "gradient_checkpointing": True}, script)
+    assert len(calls) >= 4
     plain, recomputed = weights_of(script, tmp_path / "plain"), weights_of(script, tmp_path / "recomputed")
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
@@ -338,6 +342,38 @@ def test_the_code_in_the_card_runs(script, flags, tmp_path):
     assert (tmp_path / "picture.png").is_file()
 
 
+@both
+def test_validation_pictures_are_those_of_the_result(script, flags):
+    """What the saved pair draws outside the script, from the noise that belongs to the prompt, at --resolution."""
+    from train_text_to_image import validation_generator
+
+    run({**flags, "validation_prompts": ["red dots"], "resolution": 40, "use_ema": True, "learning_rate": 1e-2}, script)
+    grid = PIL.Image.open(flags["output_dir"] / "validation" / "step-000002.png")
+    halves = {PRIOR: flags[BASE[PRIOR]], DECODER: flags[BASE[DECODER]], script: flags["output_dir"]}
+    prior, decoder = (DiffusionPipeline.from_pretrained(halves[name]) for name in SCRIPTS)
+    for half in (prior, decoder):
+        half.set_progress_bar_config(disable=True)
+    generator = validation_generator(0, 0)
+    embeds = prior("red dots", generator=generator)
+    options = {"num_inference_steps": 20, "generator": generator, "height": 40, "width": 40}
+    picture = decoder(embeds.image_embeds, embeds.negative_image_embeds, **options).images[0]
+    assert np.abs(np.asarray(grid).astype(int) - np.asarray(picture)).max() <= 1
+
+
+def test_the_prediction_type_is_the_decoder_s_own(flags, tmp_path):
+    path = Path("scheduler") / "scheduler_config.json"
+    shutil.copytree(flags[BASE[DECODER]], tmp_path / "velocity")
+    config = json.loads((tmp_path / "velocity" / path).read_text())
+    (tmp_path / "velocity" / path).write_text(json.dumps({**config, "prediction_type": "v_prediction"}))
+    run({**flags, "output_dir": tmp_path / "a"}, DECODER)
+    run({**flags, "output_dir": tmp_path / "b", BASE[DECODER]: tmp_path / "velocity"}, DECODER)
+    assert losses_of(tmp_path / "a")[0] != pytest.approx(losses_of(tmp_path / "b")[0], rel=1e-3)
+    zero = {**config, "rescale_betas_zero_snr": True}
+    (tmp_path / "velocity" / path).write_text(json.dumps(zero))
+    with pytest.raises(importlib.import_module(DECODER).RunError, match="zero terminal SNR"):
+        run({**flags, BASE[DECODER]: tmp_path / "velocity"}, DECODER)
+
+
 # The other half -------------------------------------------------------------------------------------------------------
 
 
@@ -382,11 +418,37 @@ def test_bad_input(script, flags, changes, message):
     assert not flags["output_dir"].exists()
 
 
-def test_a_resolution_that_movq_cannot_take(flags):
+@both
+def test_halves_that_do_not_fit(script, flags, tmp_path):
+    """The trained half is checked always, the other with prompts, before anything is written."""
+    tiny.make_kandinsky_decoder(tmp_path / "wide", embedding_dim=24)
+    flags |= {BASE[DECODER]: tmp_path / "wide", "validation_prompts": ["red dots"]}
+    with pytest.raises(importlib.import_module(script).RunError, match="width 24, and the prior.* makes 16"):
+        run(flags, script)
+    assert not flags["output_dir"].exists()
+
+
+def test_a_prior_without_its_vocabulary_is_found_before_the_decoder_trains(flags, tmp_path):
+    shutil.copytree(flags[BASE[PRIOR]], tmp_path / "prior")
+    for path in (tmp_path / "prior" / "tokenizer").iterdir():
+        if path.name != "tokenizer_config.json":
+            path.unlink()
+    with pytest.raises(importlib.import_module(DECODER).RunError, match="is tokenizer/ complete?"):
+        run({**flags, BASE[PRIOR]: tmp_path / "prior", "validation_prompts": ["red dots"]}, DECODER)
+
+
+def test_a_checkpoint_of_the_other_script(flags, tmp_path):
+    run({**flags, "output_dir": tmp_path / "prior", "checkpointing_steps": 2}, PRIOR)
+    flags["resume_from_checkpoint"] = tmp_path / "prior" / "checkpoint-2"
+    with pytest.raises(importlib.import_module(DECODER).RunError, match="holds no unet/, it is of another script"):
+        run(flags, DECODER)
+
+
+def test_a_resolution_that_the_decoder_cannot_take(flags):
     import train_text_to_image_decoder
 
     with pytest.raises(
-        train_text_to_image_decoder.RunError, match="--resolution 30: MoVQ takes multiples of 4, such as 32"
+        train_text_to_image_decoder.RunError, match="--resolution 30: the decoder takes multiples of 8, such as 32"
     ):
         run({**flags, "resolution": 30}, DECODER)
 

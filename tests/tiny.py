@@ -161,14 +161,14 @@ def make_kandinsky_prior(folder, seed=0):
     return pipeline
 
 
-def make_kandinsky_decoder(folder, seed=0):
+def make_kandinsky_decoder(folder, seed=0, embedding_dim=16):
     """Write a decoder pipeline of random weights in the layout of Kandinsky 2.2, and return it; it shrinks 4 times."""
     unet = UNet2DConditionModel(
         sample_size=RESOLUTION // 4,
         in_channels=4,
         out_channels=8,
         addition_embed_type="image",
-        encoder_hid_dim=16,
+        encoder_hid_dim=embedding_dim,
         encoder_hid_dim_type="image_proj",
         cross_attention_dim=16,
         attention_head_dim=4,
