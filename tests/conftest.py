@@ -1,4 +1,7 @@
-"""Fixtures: tiny checkpoints and images made once a session; the scripts run in this process or in a fresh one."""
+"""Fixtures: tiny checkpoints and images made once a session; the scripts run in this process or in a fresh one.
+
+Nothing heavy is imported here, so that the tests which only read the scripts run without torch.
+"""
 
 import importlib
 import os
@@ -12,8 +15,6 @@ os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
 import pytest
-import tiny
-from accelerate.state import AcceleratorState, GradientState
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -21,15 +22,16 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """A cache of data sets of the session's own, also for the processes it starts."""
-    import datasets
-
     folder = tmp_path_factory.mktemp("cache")
-    datasets.config.HF_DATASETS_CACHE = folder
+    if "datasets" in sys.modules:  # it has read the variable by now
+        sys.modules["datasets"].config.HF_DATASETS_CACHE = folder
     os.environ["HF_DATASETS_CACHE"] = str(folder)
 
 
 @pytest.fixture(scope="session")
 def pipeline_folder(tmp_path_factory):
+    import tiny
+
     folder = tmp_path_factory.mktemp("pipeline")
     tiny.make_stable_diffusion(folder)
     return folder
@@ -37,11 +39,15 @@ def pipeline_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def images_folder(tmp_path_factory):
+    import tiny
+
     return tiny.make_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="session")
 def caption_lists_folder(tmp_path_factory):
+    import tiny
+
     return tiny.make_images(tmp_path_factory.mktemp("caption_lists"), caption_lists=True)
 
 
@@ -49,8 +55,9 @@ def caption_lists_folder(tmp_path_factory):
 def fresh_accelerate_state():
     """accelerate keeps its state per process; every run of a script in this process starts without it."""
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    if state := sys.modules.get("accelerate.state"):
+        state.AcceleratorState._reset_state(reset_partial_state=True)
+        state.GradientState._reset_state()
 
 
 @pytest.fixture
@@ -59,7 +66,7 @@ def flags(pipeline_folder, images_folder, tmp_path):
     return {
         "pretrained_model_name_or_path": pipeline_folder,
         "train_data_dir": images_folder,
-        "resolution": tiny.RESOLUTION,
+        "resolution": 32,
         "train_batch_size": 2,
         "max_train_steps": 2,
         "lr_warmup_steps": 0,
