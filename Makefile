@@ -3,20 +3,26 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-flax test faults lint clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python tests/demo.py --output_dir demo-output
 
+demo-flax: $(VENV)/installed
+	$(VENV)/bin/python tests/demo.py --output_dir demo-output-flax --script train_text_to_image_flax.py
+
 test: $(VENV)/installed-tests
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile tests
+
+faults: $(VENV)/installed-tests
+	$(VENV)/bin/python tests/faults.py --kills 30
 
 lint: $(VENV)/bin/ruff
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 
 clean:
-	rm -rf $(VENV) demo-output
+	rm -rf $(VENV) demo-output demo-output-flax
 
 $(VENV)/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
@@ -26,9 +32,9 @@ $(VENV)/bin/ruff: tests/requirements.txt | $(VENV)/bin/pip
 	$(INSTALL) $$(grep '^ruff==' $<)
 	touch $@
 
-$(VENV)/installed: requirements.txt | $(VENV)/bin/pip
-	@echo "installing requirements.txt into $(VENV), which takes some minutes the first time"
-	$(INSTALL) -r $<
+$(VENV)/installed: requirements.txt requirements_flax.txt | $(VENV)/bin/pip
+	@echo "installing the requirements into $(VENV), which takes some minutes the first time"
+	$(INSTALL) -r requirements.txt -r requirements_flax.txt
 	touch $@
 
 $(VENV)/installed-tests: tests/requirements.txt $(VENV)/installed

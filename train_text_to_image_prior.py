@@ -15,8 +15,10 @@ et al. 2023, arXiv:2303.09556).
 
 import argparse
 import contextlib
+import errno
 import functools
 import glob
+import hashlib
 import io
 import json
 import logging
@@ -26,7 +28,10 @@ import re
 import secrets
 import shlex
 import shutil
+import signal
+import socket
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,13 +44,29 @@ import PIL.ImageOps
 import torch
 import torchvision
 import transformers
-from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import LoggerType, ProjectConfiguration, broadcast_object_list
+from accelerate import Accelerator, DataLoaderConfiguration, init_empty_weights
+from accelerate.utils import (
+    DistributedType,
+    LoggerType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from diffusers import DDPMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipeline, PriorTransformer
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from huggingface_hub import HfApi, ModelCardData
+from huggingface_hub import HfApi, ModelCardData, get_session
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers
 from pyarrow import compute
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torchvision.transforms import functional as transforms
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
@@ -55,6 +76,15 @@ logger = logging.getLogger(__name__)
 
 class RunError(Exception):
     """What stops a run, said in one line that names the flag, file or row. The script prints it and ends with 1."""
+
+
+class RunStopped(Exception):
+    """A signal has stopped a run between two updates, with a checkpoint. The script ends with 128 + `signum`."""
+
+    def __init__(self, signum, step):
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name} after step {step}; the same command with --resume_from_checkpoint goes on")
+        self.signum = signum
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,13 +116,15 @@ def parse_args(input_args=None):
     add("--resolution", type=int, default=512, help="side of validation pictures; training follows the image processor")
     add("--proportion_empty_prompts", type=float, default=0, help="share of captions left out, so that guidance works")
     add("--dataloader_num_workers", type=int, default=0, help="processes that read images; 0: the main one does")
+    add("--skip_bad_images", action="store_true", help="read all images before training, leave out those that can't be")
+    add("--check_data", action="store_true", help="read and describe the whole data set instead of training")
 
     add = parser.add_argument_group("objective").add_argument
     add("--snr_gamma", type=float, help="weight timesteps by Min-SNR with this gamma; the paper takes 5.0")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--seed", type=int, help="seed of the whole run; without one it is drawn, and kept in the checkpoints")
-    add("--train_batch_size", type=int, default=1, help="images per process and micro-step")
+    add("--train_batch_size", type=int, default=1, help="images per device and micro-step")
     add("--gradient_accumulation_steps", type=int, default=1, help="micro-steps per update of the weights")
     add("--num_train_epochs", type=int, default=100, help="passes over the data, if --max_train_steps is not given")
     add("--max_train_steps", type=int, help="updates of the weights in the whole run")
@@ -105,6 +137,7 @@ def parse_args(input_args=None):
     add("--adam_epsilon", type=float, default=1e-08, help="AdamW's epsilon")
     add("--use_8bit_adam", action="store_true", help="keep AdamW's state in 8 bits (bitsandbytes)")
     add("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
+    add("--max_nonfinite_steps", type=int, help="stop at so many non-finite updates in a row; default: 1, with fp16 20")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate is configured to")
     add("--allow_tf32", action="store_true", help="allow TF32 matrix products on NVIDIA GPUs: faster, coarser")
@@ -151,7 +184,7 @@ def check_args(parser, args):
     flags = {
         "must be larger than 0": """max_train_samples resolution snr_gamma train_batch_size gradient_accumulation_steps
             num_train_epochs max_train_steps learning_rate adam_epsilon max_grad_norm checkpointing_steps
-            checkpoints_total_limit validation_epochs validation_steps logging_steps""",
+            checkpoints_total_limit validation_epochs validation_steps logging_steps max_nonfinite_steps""",
         "must not be negative": """dataloader_num_workers noise_offset input_perturbation dream_detail_preservation seed
             lr_warmup_steps adam_weight_decay""",
         "must be from 0 to 1": "proportion_empty_prompts",
@@ -164,7 +197,12 @@ def check_args(parser, args):
                 parser.error(f"argument --{name}: {rule}, not {value}")
     if os.path.normpath(args.logging_dir) == ".":
         parser.error("argument --logging_dir: must name a folder of its own")
-    if not args.dataset_name and not args.train_data_dir:
+    project = os.path.normpath(os.path.join("logs", args.tracker_project_name))
+    if not project.startswith("logs" + os.sep):
+        parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the logs' folder")
+    if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # an error of the connection would quote it
+        parser.error("argument --hub_token: it holds a blank, a line's end or a character outside ASCII")
+    if not args.dataset_name and not args.train_data_dir and getattr(args, "generate", None) is None:
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
 
 
@@ -173,9 +211,79 @@ def check_args(parser, args):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+HUB_PAUSES, HUB_TIMEOUT = (2, 8, 30), 60  # seconds: before each further attempt; without a sign of life
+CONNECTION_ERROR = HfHubHTTPError.__bases__[0]  # httpx.HTTPError or httpx2's, as huggingface_hub is built on
+MISSING_ON_HUB = (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError)
+
+
+def printable(text):
+    """`text` on one line: what would move a terminal's cursor, hide or reorder the rest is written as in JSON."""
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
 def first_line(error):
     """The first line of what an exception says that is not empty, or else the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def telling_cause(error):
+    """The exception behind `error` that says most: what failed between here and the Hub, or else its last cause.
+
+    Where the Hub fails, libraries raise that a file is missing, often without naming the failure as the cause. Where
+    the repository, revision or file is missing indeed, their sentence is the better one.
+    """
+    behind = error
+    while behind is not None and (isinstance(behind, GatedRepoError) or not isinstance(behind, MISSING_ON_HUB)):
+        if isinstance(behind, CONNECTION_ERROR):
+            return behind
+        behind = behind.__cause__ or behind.__context__
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def reason(error):
+    """Why `error` came about, in one line; of what the Hub answers, the status and its message."""
+    error = telling_cause(error)
+    response = getattr(error, "response", None)
+    if response is None:
+        kind = "no valid JSON: " * isinstance(error, json.JSONDecodeError)
+        return kind + "no answer from the Hub: " * isinstance(error, CONNECTION_ERROR) + first_line(error)
+    message = getattr(error, "server_message", None)
+    answer = f"HTTP {response.status_code} {response.reason_phrase} for {response.url.path}"
+    return f"{answer}: {first_line(message)}" if message else answer
+
+
+def pause_before_retry(error, pause):
+    """The seconds, `pause` or what the Hub asks for, after which trying again may help; None if it never will."""
+    if isinstance(error, json.JSONDecodeError):  # whatever stands before the Hub has answered, not the Hub
+        return pause
+    error = telling_cause(error)
+    response = getattr(error, "response", None)
+    if response is None:
+        return pause if isinstance(error, CONNECTION_ERROR) else None
+    if response.status_code not in (408, 429) and response.status_code < 500:
+        return None
+    asked = response.headers.get("Retry-After", "")
+    limit = parse_ratelimit_headers(response.headers)
+    if limit and limit.remaining == 0:
+        asked = str(limit.reset_in_seconds)
+    return max(pause, min(int(asked), 300)) if asked.isdecimal() else pause
+
+
+def with_retries(function, *arguments, **options):
+    """function(*arguments, **options), which may ask the Hub, called again after a pause while its failure may pass."""
+    for pause in (*HUB_PAUSES, None):
+        get_session().timeout = HUB_TIMEOUT  # huggingface_hub would wait for ever; its session is a new one at times
+        try:
+            return function(*arguments, **options)
+        except Exception as error:
+            local = isinstance(error, json.JSONDecodeError) and arguments and Path(arguments[0]).exists()
+            pause = None if local else pause and pause_before_retry(error, pause)
+            if pause is None:
+                raise
+            logger.warning(f"{reason(error)}; trying again in {pause} s")
+            time.sleep(pause)
 
 
 @contextlib.contextmanager
@@ -186,9 +294,20 @@ def naming(what):
     except RunError:
         raise
     except Exception as error:  # libraries raise all kinds here, and wrap the telling one in others
-        while error.__cause__ is not None:
-            error = error.__cause__
-        raise RunError(f"{what}: {first_line(error)}") from error
+        raise RunError(f"{what}: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Turn what is raised while `path` (Path) is written into a RunError, which names a full disk as such."""
+    try:
+        with naming(f"{path} cannot be written"):
+            yield
+    except RunError as error:
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if shutil.disk_usage(folder).free < 2**20:  # few libraries say so themselves
+            raise RunError(f"{path} cannot be written: {os.strerror(errno.ENOSPC)}") from error
+        raise
 
 
 def load_train_dataset(args, columns, seed):
@@ -204,18 +323,10 @@ def load_train_dataset(args, columns, seed):
             dataset = datasets.load_from_disk(str(folder))
     elif args.dataset_name:
         with naming(f"--dataset_name {args.dataset_name}"):
-            dataset = datasets.load_dataset(
-                args.dataset_name, args.dataset_config_name, data_dir=args.train_data_dir, cache_dir=args.cache_dir
-            )
+            options = {"data_dir": args.train_data_dir, "cache_dir": args.cache_dir}
+            dataset = with_retries(datasets.load_dataset, args.dataset_name, args.dataset_config_name, **options)
     else:
-        if not folder.is_dir():
-            raise RunError(f"--train_data_dir {folder}: there is no such folder")
-        kinds = PIL.Image.registered_extensions()
-        if not any(path.suffix.lower() in kinds for path in folder.rglob("*")):
-            raise RunError(f"--train_data_dir {folder}: there are no images in it")
-        with naming(f"--train_data_dir {folder}"):
-            files = {"train": glob.escape(str(folder)) + "/**"}
-            dataset = datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
+        dataset = load_image_folder(folder, args.cache_dir)
     if isinstance(dataset, dict):
         if "train" not in dataset:
             raise RunError(f"{folder}: the data set has no split 'train', only {', '.join(dataset)}")
@@ -224,10 +335,29 @@ def load_train_dataset(args, columns, seed):
         raise RunError(f"{folder}: the data set has no rows")
     for flag in columns:
         check_column(dataset, flag, getattr(args, flag))
+        if not args.check_data:
+            check_values(dataset, flag, getattr(args, flag))
     dataset = dataset.select_columns([getattr(args, flag) for flag in columns])
     if args.max_train_samples:
         dataset = dataset.select(random_generator(seed, 3).permutation(len(dataset))[: args.max_train_samples])
     return dataset.cast_column(args.image_column, datasets.Image(decode=False))
+
+
+def load_image_folder(folder, cache_dir):
+    """Load the value of --train_data_dir, a folder (Path) of images with a metadata file, as `datasets` does."""
+    if not folder.is_dir():
+        raise RunError(f"--train_data_dir {folder}: there is no such folder")
+    kinds = PIL.Image.registered_extensions()
+    if not any(path.suffix.lower() in kinds for path in folder.rglob("*")):
+        raise RunError(f"--train_data_dir {folder}: there are no images in it")
+    if links := outward_links(folder):
+        logger.warning(
+            f"--train_data_dir {folder}: {len(links)} symbolic links lead out of it, such as {links[0]}; "
+            "what they lead to may be trained on"
+        )
+    with naming(f"--train_data_dir {folder}"):
+        files = {"train": glob.escape(str(folder)) + "/**"}
+        return datasets.load_dataset("imagefolder", data_files=files, cache_dir=cache_dir)
 
 
 def check_column(dataset, flag, column):
@@ -241,25 +371,141 @@ def check_column(dataset, flag, column):
     text = getattr(feature, "feature", feature)  # of a list, its elements
     if flag == "caption_column" and getattr(text, "dtype", None) not in ("string", "large_string"):
         raise RunError(f"--{flag} {column}: holds {feature}, not text or lists of text")
+
+
+def check_values(dataset, flag, column):
+    """Raise RunError if a row of `column` (of flag "image_column" or "caption_column") has no image or no caption."""
+    feature = dataset.features[column]
     row = compute.index(dataset.data.column(column).is_null(), True).as_py()  # -1 if there is none
-    if row < 0 and text is not feature:
+    if row < 0 and hasattr(feature, "feature"):  # a list of captions
         row = next((row for row, captions in enumerate(dataset[column]) if not captions or None in captions), -1)
     if row >= 0:
         raise RunError(f"--{flag} {column}: row {row} is empty")
 
 
-def check_images(dataset, image_column, limit=1000):
-    """Read the first `limit` images, so that a bad one is found before the run writes anything. Raises RunError."""
+def outward_links(folder):
+    """The symbolic links in `folder` (Path) that lead out of it, as ["name -> target"]."""
+    root, found = folder.resolve(), []
+    for parent, folders, files in os.walk(folder):
+        links = [Path(parent, name) for name in folders + files if os.path.islink(os.path.join(parent, name))]
+        outward = [link for link in links if not link.resolve().is_relative_to(root)]
+        found += [f"{link.relative_to(folder)} -> {link.resolve()}" for link in outward]
+    return sorted(found)
 
-    def check(row):
+
+def read_rows(dataset, image_column, rows):
+    """Read the images of `rows` (range), in threads. Yields (row, (width, height), None), or (row, None, problem)."""
+
+    def read(row):
         try:
-            read_image(dataset[row][image_column])
+            return row, read_image(dataset[row][image_column]).size, None
         except RunError as error:
-            raise RunError(f"row {row}: {error}") from error
+            return row, None, str(error)
 
     with ThreadPoolExecutor(os.cpu_count()) as executor:  # Pillow decodes without holding Python's lock
-        for _ in executor.map(check, range(min(limit, len(dataset)))):
-            pass
+        for first in range(rows.start, rows.stop, 1000):  # a million rows at once would be a million futures
+            yield from executor.map(read, range(first, min(first + 1000, rows.stop)))
+
+
+def check_images(args, dataset):
+    """Read images before the run writes anything: the first 1,000, or all of them with --skip_bad_images.
+
+    Returns the rows to leave out. Raises RunError for one that can't be read, unless it is to be left out.
+    """
+    rows = range(len(dataset) if args.skip_bad_images else min(1000, len(dataset)))
+    bad = {row: problem for row, _, problem in read_rows(dataset, args.image_column, rows) if problem}
+    if bad and not args.skip_bad_images:
+        raise RunError("row {}: {}; --skip_bad_images leaves such images out".format(*next(iter(bad.items()))))
+    for row, problem in bad.items():
+        logger.warning(f"left out: row {row}: {problem}")
+    if len(bad) == len(dataset):
+        raise RunError("--skip_bad_images: none of the images can be read")
+    if args.skip_bad_images:
+        logger.info(f"--skip_bad_images: {len(bad)} of {len(dataset)} images left out")
+    return sorted(bad)
+
+
+def leave_out(dataset, rows):
+    """The dataset (`datasets.Dataset`) without `rows` (list of int)."""
+    return dataset.select(np.delete(np.arange(len(dataset)), rows)) if rows else dataset
+
+
+def check_data(args, dataset, tokenizer, side):
+    """Read the whole data set and print what a user may want to know of it before training, with the first few rows.
+
+    tokenizer: None if there are no captions; side: what the images' shorter side is resized to, in pixels. Raises
+    RunError, after the report, if there is something that training would refuse.
+    """
+    bad, small, crops = [], [], []
+    rows = read_rows(dataset, args.image_column, range(len(dataset)))
+    for row, size, problem in tqdm(rows, total=len(dataset), unit="image"):
+        if problem:
+            bad.append(f"row {row}: {problem}")
+            continue
+        crops.append((1 - min(size) / max(size), row, f"{size[0]} x {size[1]}"))
+        if min(size) < side:
+            small.append(f"row {row}: {size[0]} x {size[1]}")
+    missing, empty, long = check_captions(args, dataset, tokenizer) if tokenizer else ([], [], [])
+    folder = Path(args.train_data_dir or args.dataset_name)
+    print(f"{len(dataset)} rows")
+    print_findings("images that cannot be read", bad)
+    print_findings(f"images smaller than {side} pixels, which are enlarged", small)
+    if tokenizer:
+        print_findings("rows without a caption", missing)
+        print_findings("captions that are empty", empty)
+        print_findings(f"captions longer than {tokenizer.model_max_length} tokens, which are cut there", long)
+    crops.sort(key=lambda crop: (-crop[0], crop[1]))
+    shares = [share for share, *_ in crops]
+    average, most = (f"{value:.1%}" for value in (np.mean(shares or [0]), max(shares, default=0)))
+    lost = [f"row {row}: {share:.1%} of {size}" for share, row, size in crops if share > 0]
+    print_findings(f"images that the square crop takes something of, {average} on average and {most} at most", lost)
+    print_findings("symbolic links that lead out of the folder", outward_links(folder) if folder.is_dir() else [])
+    refused = {*missing, *([] if args.skip_bad_images else bad)}
+    if refused:
+        raise RunError(f"--check_data: training would refuse {len(refused)} of {len(dataset)} rows")
+
+
+def check_captions(args, dataset, tokenizer):
+    """The rows without a caption, with an empty one, and with one that is cut, each as ["row 1: ..."]."""
+    missing, empty, long = [], [], []
+    for row, captions in enumerate(dataset[args.caption_column]):
+        captions = [captions] if isinstance(captions, str) else captions or [None]
+        if None in captions:
+            missing.append(f"row {row}")
+            continue
+        lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
+        for caption, length in zip(captions, lengths, strict=True):
+            if not caption.strip():
+                empty.append(f"row {row}")
+            if length > tokenizer.model_max_length:
+                long.append(f"row {row}: {length} tokens, {caption[:60]}...")
+    return missing, empty, long
+
+
+def print_findings(what, findings, limit=5):
+    """Print how many findings (list of str) there are of a kind, and the first `limit`."""
+    print(f"{what}: {len(findings)}")
+    for finding in findings[:limit]:
+        print(f"    {printable(finding)}")
+    if len(findings) > limit:
+        print("    ...")
+
+
+def data_digest(dataset):
+    """A short digest (str) of the rows' captions, image names and sizes, by which a changed data set is noticed."""
+    digest = hashlib.sha256()
+    for table in dataset.with_format("arrow").iter(10_000):
+        for column in table.columns:
+            if "bytes" in getattr(column.type, "names", ()):  # of an image: its length alone, and no folder's name
+                sizes = compute.binary_length(compute.struct_field(column, "bytes")).to_pylist()
+                paths = compute.struct_field(column, "path").to_pylist()
+                pairs = zip(sizes, paths, strict=True)  # of a folder's images the data set holds the paths alone
+                sizes = [os.path.getsize(p) if size is None and p and os.path.isfile(p) else size for size, p in pairs]
+                names = [path and os.path.basename(path) for path in paths]
+                digest.update(json.dumps([sizes, names]).encode())
+            else:
+                digest.update(json.dumps(column.to_pylist()).encode())
+    return digest.hexdigest()[:16]
 
 
 def read_image(value):
@@ -267,6 +513,8 @@ def read_image(value):
 
     `value` is {"bytes": bytes or None, "path": str or None}. Raises RunError with the file's name if that fails.
     """
+    if value is None:
+        raise RunError("there is no image")
     try:
         image = PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
         image = PIL.ImageOps.exif_transpose(image)
@@ -291,9 +539,9 @@ def choose_caption(captions, proportion_empty_prompts, rng):
 
 
 def tokenize_captions(captions, tokenizer):
-    """Tokenize n captions (list of str) to tensors "input_ids" and "attention_mask", (n, 77) at CLIP's length."""
+    """Tokenize n captions (list of str) to arrays "input_ids" and "attention_mask", (n, 77) at CLIP's length."""
     length = tokenizer.model_max_length
-    return tokenizer(captions, max_length=length, padding="max_length", truncation=True, return_tensors="pt")
+    return tokenizer(captions, max_length=length, padding="max_length", truncation=True, return_tensors="np")
 
 
 def preprocess_train(args, tokenizer, image_processor, embedding_dim, num_train_timesteps, row, rng):
@@ -307,8 +555,8 @@ def preprocess_train(args, tokenizer, image_processor, embedding_dim, num_train_
     tokens = tokenize_captions([caption], tokenizer)
     return {
         "clip_pixel_values": image_processor(image, return_tensors="pt").pixel_values[0],
-        "input_ids": tokens.input_ids[0],
-        "attention_mask": tokens.attention_mask[0],
+        "input_ids": torch.from_numpy(tokens.input_ids[0]),
+        "attention_mask": torch.from_numpy(tokens.attention_mask[0]),
         "timesteps": torch.tensor(rng.integers(num_train_timesteps)),
         "noise": torch.from_numpy(rng.standard_normal(embedding_dim, dtype=np.float32)),
     }
@@ -328,7 +576,7 @@ def permutation(seed, epoch, length):
     return random_generator(seed, 0, epoch).permutation(length)
 
 
-class ExampleStream(torch.utils.data.Dataset):
+class ExampleStream:
     """Positions `first` to `last` of a run: position k is (row, randomness), both functions of the seed and k alone.
 
     dataset: rows, a sequence of dicts; preprocess: function of (row, `np.random.Generator`) to a dict of tensors.
@@ -345,7 +593,8 @@ class ExampleStream(torch.utils.data.Dataset):
         epoch, place = divmod(position, len(self.dataset))
         row = int(permutation(self.seed, epoch, len(self.dataset))[place])
         try:
-            return self.preprocess(self.dataset[row], random_generator(self.seed, 1, position))
+            example = self.preprocess(self.dataset[row], random_generator(self.seed, 1, position))
+            return {**example, "positions": np.int64(position)}
         except RunError as error:
             raise RunError(f"row {row}: {error}") from error
 
@@ -357,7 +606,7 @@ class ExampleStream(torch.utils.data.Dataset):
 
 def add_noise(clean, noise, alphas_cumprod):
     """x_t = √ᾱ · x_0 + √(1 − ᾱ) · ε (arXiv:2006.11239, eq. 4). All broadcast; alphas_cumprod is ᾱ_t, in [0, 1]."""
-    return alphas_cumprod.sqrt() * clean + (1 - alphas_cumprod).sqrt() * noise
+    return alphas_cumprod**0.5 * clean + (1 - alphas_cumprod) ** 0.5 * noise
 
 
 def signal_to_noise_ratio(alphas_cumprod):
@@ -372,20 +621,20 @@ def min_snr_weight(prediction_type, snr, gamma):
     they are finite at SNR = 0.
     """
     if prediction_type == "epsilon":
-        return (gamma / snr).clamp(max=1)
+        return (gamma / snr).clip(max=1)
     if prediction_type == "v_prediction":
-        return snr.clamp(max=gamma) / (snr + 1)
-    return snr.clamp(max=gamma)
+        return snr.clip(max=gamma) / (snr + 1)
+    return snr.clip(max=gamma)
 
 
 def weighted_squared_error(prediction, target, weight):
-    """Mean over the batch of weight · mean squared error; prediction, target (b, ...), weight (b,). Returns ()."""
+    """weight · mean squared error of every example; prediction, target (b, ...), weight (b,). Returns (b,)."""
     squared_error = (prediction.float() - target.float()).square()
-    return (weight * squared_error.flatten(1).mean(1)).mean()
+    return weight * squared_error.flatten(1).mean(1)
 
 
-def training_loss(batch, prior, image_encoder, text_encoder, clip_mean, clip_std, alphas_cumprod, args):
-    """The loss of a micro-batch from `preprocess_train` (tensors with a batch dimension), a scalar tensor.
+def training_losses(batch, prior, image_encoder, text_encoder, clip_mean, clip_std, alphas_cumprod, args):
+    """The losses of a micro-batch from `preprocess_train` (tensors with a batch dimension), of shape (b,).
 
     clip_mean, clip_std: what the prior normalises image embeddings by, (1, embedding_dim). alphas_cumprod: ᾱ of all
     timesteps, (num_train_timesteps,). Only the prior gets a gradient. Pure: all that is random comes with the batch.
@@ -416,6 +665,7 @@ def training_loss(batch, prior, image_encoder, text_encoder, clip_mean, clip_std
 
 
 CHECKPOINT_STATE = "training_state.json"
+CHECKPOINT_KEYS = ("step", "examples_seen", "seed", "batch_size", "rows", "data_digest", "architecture")
 
 
 def list_checkpoints(output_dir):
@@ -427,9 +677,9 @@ def list_checkpoints(output_dir):
 def find_checkpoint(output_dir, wanted):
     """Say where a run starts; `wanted` is the value of --resume_from_checkpoint. Returns a Path, or None for anew.
 
-    In this order: no flag: anew, if `output_dir` holds no checkpoints or model that would be lost; "latest": the one
-    with the highest step, anew if there is none; a folder that exists, "checkpoint-<step>" or "<step>": that one.
-    Raises RunError.
+    In this order: no flag: anew, if `output_dir` holds no checkpoints or model that would be lost; "latest": of those
+    that are whole the one with the highest step, anew if there is none at all; a folder that exists,
+    "checkpoint-<step>" or "<step>": that one. Raises RunError.
     """
     checkpoints = list_checkpoints(output_dir)
     names = ", ".join(path.name for _, path in checkpoints)
@@ -441,7 +691,12 @@ def find_checkpoint(output_dir, wanted):
             )
         return None
     if wanted == "latest":
-        return checkpoints[-1][1] if checkpoints else None
+        if not checkpoints and (Path(output_dir) / "model_index.json").exists():
+            raise RunError(
+                f"--resume_from_checkpoint: {output_dir} holds a finished model and no checkpoint to go on from; "
+                "name another folder"
+            )
+        return newest_whole(output_dir, [path for _, path in reversed(checkpoints)]) if checkpoints else None
     named = Path(output_dir) / (f"checkpoint-{wanted}" if wanted.isdecimal() else Path(wanted).name)
     for path in (Path(wanted), named):
         if path.name.startswith("checkpoint-") and path.is_dir():
@@ -449,14 +704,28 @@ def find_checkpoint(output_dir, wanted):
     raise RunError(f"--resume_from_checkpoint {wanted}: there is no such checkpoint; there are {names or 'none'}")
 
 
+def newest_whole(output_dir, checkpoints):
+    """The first of `checkpoints` (Paths, newest first) that is whole. The log names the others. Raises RunError."""
+    problems = []
+    for checkpoint in checkpoints:
+        try:
+            read_checkpoint(checkpoint)
+            for problem in problems:
+                logger.warning(f"{problem}; going on from an earlier one")
+            return checkpoint
+        except RunError as error:
+            problems.append(error)
+    raise RunError(f"--resume_from_checkpoint: no checkpoint in {output_dir} is whole; the newest: {problems[0]}")
+
+
 def read_checkpoint(checkpoint):
-    """Read the state of a checkpoint folder: a dict with "step", "examples_seen", "seed", "arguments", "files".
+    """Read the state of a checkpoint folder, a dict with the keys of `save_checkpoint`, "arguments" and "files".
 
     Raises RunError if it is not one, or if a file is missing or not as long as it was when saved.
     """
     with naming(f"{checkpoint}: not a checkpoint of this script, {CHECKPOINT_STATE}"):
         state = json.loads((checkpoint / CHECKPOINT_STATE).read_text())
-        state = {name: state[name] for name in ("step", "examples_seen", "seed", "arguments", "files")}
+        state = {name: state[name] for name in (*CHECKPOINT_KEYS, "arguments", "files")}
     for name, size in state["files"].items():
         path = checkpoint / name
         if not path.is_file() or path.stat().st_size != size:
@@ -481,18 +750,61 @@ def check_resume(args, checkpoint, state, name):
         raise RunError(f"--resume_from_checkpoint {checkpoint}: holds no {name}/, it is of another script")
     if args.use_ema and not before["use_ema"]:
         raise RunError(f"--use_ema: {checkpoint} holds no average, its run was without the flag")
-    if args.use_8bit_adam != before["use_8bit_adam"]:
+    if getattr(args, "use_8bit_adam", False) != before.get("use_8bit_adam", False):
         raise RunError(f"--use_8bit_adam: the optimizer in {checkpoint} is of the other kind")
 
 
+def public_config(config):
+    """What a model's configuration (dict) says of its architecture, as plain values that JSON can hold."""
+    left_out = {name for name in config if name.startswith("_")} | {"sample_size"}
+    return json.loads(json.dumps({name: value for name, value in config.items() if name not in left_out}))
+
+
+def check_same_architecture(checkpoint, state, config):
+    """Raise RunError unless the checkpoint's model has the configuration (dict) of the model to start from."""
+    before, now = state["architecture"], public_config(config)
+    changes = [
+        f"{name} {before[name]} -> {now[name]}" for name in before if before[name] != now.get(name, before[name])
+    ]
+    if changes:
+        raise RunError(
+            f"--resume_from_checkpoint {checkpoint}: is of a model with another architecture: {', '.join(changes[:3])}"
+        )
+
+
+def check_same_course(checkpoint, now):
+    """Warn if the run does not go on with what its checkpoint was made with; now: a dict of CHECKPOINT_KEYS."""
+    before = read_checkpoint(checkpoint)
+    meaning = {
+        "seed": "another seed",
+        "batch_size": "another number of images per update",
+        "rows": "another number of rows in the data set",
+        "data_digest": "other captions, names or sizes of images in the data set",
+    }
+    for key, what in meaning.items():
+        if before[key] != now[key]:
+            logger.warning(
+                f"{checkpoint} was made with {what}: {before[key]}, now {now[key]}; "
+                "the model will not be the one of a run without the interruption"
+            )
+
+
 def keep_weights_apart(accelerator):
-    """Let accelerate save and load all but the weights, which lie beside its files as `from_pretrained` reads them."""
+    """Let accelerate save and load all but the weights, which lie beside its files as `from_pretrained` reads them.
+
+    Of a sharded model it keeps a second copy all the same, and wants it back.
+    """
     accelerator.register_save_state_pre_hook(lambda models, weights, folder: weights.clear())
     accelerator.register_load_state_pre_hook(lambda models, folder: models.clear())
 
 
 def load_optimizer(accelerator, optimizer, checkpoint):
     """Load all state that is no weight. Learning rate, betas and the like stay as the flags say. Raises RunError."""
+    files = {DistributedType.FSDP: "pytorch_model_fsdp*", DistributedType.DEEPSPEED: "pytorch_model/*optim_states.pt"}
+    for kind, pattern in files.items():
+        if any(checkpoint.glob(pattern)) != (accelerator.distributed_type == kind):
+            runs = "of its run and this one, only one"
+            raise RunError(f"--resume_from_checkpoint {checkpoint}: {runs} is with {kind.value}")
     settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
     with naming(f"{checkpoint}: the checkpoint is damaged"):
         accelerator.load_state(str(checkpoint))
@@ -505,9 +817,11 @@ def flush_to_disk(*paths):
     """Wait until files and folders are on disk; a folder stands for its list of names only."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-            os.fsync(descriptor)  # some network file systems refuse it for folders
-        os.close(descriptor)
+        try:
+            with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
+                os.fsync(descriptor)  # some network file systems refuse it for folders
+        finally:
+            os.close(descriptor)
 
 
 def remove_checkpoint(path):
@@ -519,22 +833,36 @@ def save_checkpoint(accelerator, args, name, model, ema, state):
     """Write checkpoint-<step> whole or not at all, then prune older ones down to --checkpoints_total_limit.
 
     Holds the weights of `model` in folder `name`, those of `ema` (EMAModel or None) in <name>_ema, the optimizer's
-    state, and `state`: {"step", "examples_seen", "seed"}. To be called by every process. A folder
-    "checkpoint-<step>.partial" is what a crash left of one.
+    state, and `state`, a dict of CHECKPOINT_KEYS. To be called by every process, all of which raise RunError if one of
+    them can't write. A folder "checkpoint-<step>.partial" is what a crash left of one.
     """
     final = Path(args.output_dir) / f"checkpoint-{state['step']}"
     partial = final.with_name(final.name + ".partial")
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))  # optimizer, schedule, scaler, by every process that holds part of them
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(partial / name)
+    on_main_process(accelerator, functools.partial(shutil.rmtree, ignore_errors=True), partial)
+    try:
+        # The optimizer's, the scaler's and other state, by every process that holds part of it, then the weights.
+        on_every_process(accelerator, final, accelerator.save_state, str(partial))
+        on_every_process(accelerator, final, save_weights, accelerator, partial / name, model)
         if ema:
             with evaluation_weights(model, ema):
-                accelerator.unwrap_model(model).save_pretrained(partial / f"{name}_ema")
-    accelerator.wait_for_everyone()
+                on_every_process(accelerator, final, save_weights, accelerator, partial / f"{name}_ema", model)
+        on_main_process(accelerator, finish_checkpoint, args, partial, final, state)
+    except RunError:
+        if accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def save_weights(accelerator, folder, model):
+    """Write the model's weights to `folder` as `from_pretrained` reads them. To be called by every process."""
+    whole = whole_model(accelerator, model)
     if accelerator.is_main_process:
+        whole.save_pretrained(folder)
+
+
+def finish_checkpoint(args, partial, final, state):
+    """Add the state to a checkpoint in the folder `partial`, give it its name `final`, then prune older ones."""
+    with writing(final):
         files = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*") if path.is_file()}
         contents = {**state, "arguments": recorded_arguments(args, state["seed"]), "files": files}
         (partial / CHECKPOINT_STATE).write_text(json.dumps(contents, indent=2))
@@ -543,8 +871,7 @@ def save_checkpoint(accelerator, args, name, model, ema, state):
         flush_to_disk(final.parent)
         for _, path in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
             remove_checkpoint(path)
-        logger.info(f"saved {final}")
-    accelerator.wait_for_everyone()
+    logger.info(f"saved {final}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -552,28 +879,41 @@ def save_checkpoint(accelerator, args, name, model, ema, state):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def log_validation(pipeline, decoder, image_encoder, text_encoder, accelerator, args, seed, step):
+def log_validation(pipeline, decoder, accelerator, args, seed, step):
     """Draw every validation prompt, each from noise of its own that is the same at every step of the run.
 
-    pipeline: the result's `KandinskyV22PriorPipeline`; decoder: a `KandinskyV22Pipeline`, on the training device only
-    while it draws; image_encoder, text_encoder: their copies on the training device. Returns the Path of the grid.
+    pipeline: a `KandinskyV22PriorPipeline` on the training device; decoder: a `KandinskyV22Pipeline`, there only while
+    it draws. To be called by every process. Returns the Path of the grid on the main process, else None.
     """
-    images = []
-    on_device = {"image_encoder": image_encoder, "text_encoder": text_encoder}
-    pipeline = KandinskyV22PriorPipeline(**{**pipeline.components, **on_device})
     decoder.to(accelerator.device)
     for half in (pipeline, decoder):
         half.set_progress_bar_config(disable=True)
     size = {"height": args.resolution, "width": args.resolution}
-    for index, prompt in enumerate(args.validation_prompts):
+
+    def draw(index, prompt):
         generator = validation_generator(seed, index)
         with torch.no_grad(), accelerator.autocast():
             image_embeds, negative_image_embeds = pipeline(prompt, generator=generator, return_dict=False)
             embeds = {"image_embeds": image_embeds, "negative_image_embeds": negative_image_embeds}
-            images += decoder(**embeds, num_inference_steps=20, generator=generator, **size).images
+            return decoder(**embeds, num_inference_steps=20, generator=generator, **size).images[0]
+
+    images = share_out(accelerator, args.validation_prompts, draw)
     for part in (decoder.unet, decoder.movq):
         part.to("cpu")
-    return save_validation(images, accelerator, args, step)
+    return save_validation(images, accelerator, args, step) if accelerator.is_main_process else None
+
+
+def share_out(accelerator, prompts, draw):
+    """Draw the prompts (list of str), shared out over the processes; draw: function of (index, prompt) to `PIL.Image`.
+
+    Every process draws equally often, some for nothing if need be: a model that is spread over all of them needs all.
+    Returns the images in the order of the prompts, on every process.
+    """
+    rounds = math.ceil(len(prompts) / accelerator.num_processes)
+    own = range(accelerator.process_index, rounds * accelerator.num_processes, accelerator.num_processes)
+    drawn = [(index, np.asarray(draw(index, prompts[index % len(prompts)]))) for index in own]
+    arrays = dict(gather_object(drawn))
+    return [PIL.Image.fromarray(arrays[index]) for index in range(len(prompts))]
 
 
 def validation_generator(seed, index):
@@ -584,9 +924,10 @@ def validation_generator(seed, index):
 def save_validation(images, accelerator, args, step):
     """Write the images (list of `PIL.Image`) as one PNG grid, and to the trackers. Returns the grid's Path."""
     path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
-    path.parent.mkdir(exist_ok=True)
     grid = torchvision.utils.make_grid([transforms.to_tensor(image) for image in images], nrow=4)
-    torchvision.utils.save_image(grid, path)
+    with writing(path):
+        path.parent.mkdir(exist_ok=True)
+        torchvision.utils.save_image(grid, path)
     arrays = np.stack([np.asarray(image) for image in images])
     log_images = {"tensorboard": {"values": {"validation": arrays}, "dataformats": "NHWC"}}
     for tracker in accelerator.trackers:
@@ -603,8 +944,9 @@ class UpdateLog:
     examples per second, and the share of the time in which the process waited for data.
     """
 
-    def __init__(self, accelerator, first_step, last_step):
-        self.accelerator, self.updates = accelerator, []
+    def __init__(self, accelerator, args, first_step, last_step):
+        self.accelerator, self.args, self.updates, self.nonfinite = accelerator, args, [], []
+        self.last_step = last_step
         hidden = not accelerator.is_main_process or first_step >= last_step
         self.progress_bar = tqdm(initial=first_step, total=last_step, disable=hidden, unit="step")
         self.restart_clock()
@@ -613,27 +955,96 @@ class UpdateLog:
         """Start timing the next update now: what happened since the last one was no training."""
         self.started = time.perf_counter()
 
-    def add(self, step, loss, gradient_norm, learning_rate, examples, waited):
-        """loss, gradient_norm: tensors (), left on the device; examples: images of all processes; waited: seconds."""
+    def add(self, step, examples, gradient_norm, learning_rate, batch_size, waited):
+        """Take in an update, with what it knows of each of its micro-batches' examples.
+
+        examples: dicts of tensors (b,), "positions", "timesteps" and "losses", left on the device as is gradient_norm,
+        a tensor (); batch_size: images of all processes; waited: seconds.
+        """
+        if isinstance(gradient_norm, DTensor):  # FSDP
+            gradient_norm = gradient_norm.full_tensor()
         now = time.perf_counter()
-        speed = {"examples_per_second": examples / (now - self.started), "data_wait": waited / (now - self.started)}
-        self.updates.append((step, time.time(), torch.stack([loss, gradient_norm]), {"lr": learning_rate, **speed}))
+        speed = {"examples_per_second": batch_size / (now - self.started), "data_wait": waited / (now - self.started)}
+        examples = {name: torch.cat([part[name] for part in examples]) for name in examples[0]}
+        loss = examples["losses"].mean()
+        gradient_norm = torch.as_tensor(gradient_norm, dtype=loss.dtype, device=loss.device)  # DeepSpeed: a float
+        on_device = torch.stack([loss, gradient_norm])
+        self.updates.append((step, time.time(), on_device, examples, {"lr": learning_rate, **speed}))
         self.started = now
         self.progress_bar.update()
 
     def flush(self):
-        """Hand over all updates since the last time. To be called by every process."""
+        """Hand over all updates since the last time. To be called by every process. Raises RunError."""
         if not self.updates:
             return
-        values = torch.stack([on_device for _, _, on_device, _ in self.updates])
+        values = torch.stack([on_device for _, _, on_device, _, _ in self.updates])
         values = self.accelerator.reduce(values, "mean").tolist()  # the CPU waits for the device here, and only here
-        for (step, walltime, _, on_host), (loss, gradient_norm) in zip(self.updates, values, strict=True):
+        for (step, walltime, _, examples, on_host), (loss, gradient_norm) in zip(self.updates, values, strict=True):
             update = {"train_loss": loss, "grad_norm": gradient_norm, **on_host}
-            self.accelerator.log(update, step=step, log_kwargs={"tensorboard": {"walltime": walltime}})
+            with naming(f"--logging_dir {self.args.logging_dir}"):
+                self.accelerator.log(update, step=step, log_kwargs={"tensorboard": {"walltime": walltime}})
+            if math.isfinite(loss) and math.isfinite(gradient_norm):
+                self.nonfinite = []
+                continue
+            self.nonfinite.append((step, gradient_norm, examples))
+            limit = nonfinite_limit(self.args, self.accelerator.mixed_precision)
+            self.check_nonfinite(1 if step == self.last_step and self.accelerator.mixed_precision != "fp16" else limit)
         speeds = [on_host["examples_per_second"] for *_, on_host in self.updates]
         speed = len(speeds) / sum(1 / speed for speed in speeds)
         self.progress_bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{speed:.1f}")
         self.updates.clear()
+
+    def worth_saving(self, stop):
+        """Whether the weights are those of finite updates. With fp16 they are: what is not finite is left out.
+
+        Raises RunError if they are not and the run is to stop here.
+        """
+        if not self.nonfinite or self.accelerator.mixed_precision == "fp16":
+            return True
+        if stop:
+            self.check_nonfinite(1)
+        logger.warning(f"step {self.nonfinite[-1][0]} is not finite: no checkpoint is written of it")
+        return False
+
+    def check_nonfinite(self, limit):
+        """Raise RunError if `limit` updates in a row were not finite, with a file that says which examples they saw."""
+        if len(self.nonfinite) < limit:
+            return
+        self.progress_bar.close()
+        updates = []
+        for step, gradient_norm, examples in self.nonfinite:
+            examples = {name: self.accelerator.gather(tensor).tolist() for name, tensor in examples.items()}
+            updates.append({"step": step, "gradient_norm": gradient_norm, **examples})
+        on_main_process(self.accelerator, save_nonfinite, self.args, updates)
+
+
+def nonfinite_limit(args, mixed_precision):
+    """How many non-finite updates in a row end the run. With fp16 the first are the loss scale's: 2^16, halved each."""
+    return args.max_nonfinite_steps or (20 if mixed_precision == "fp16" else 1)
+
+
+def save_nonfinite(args, updates):
+    """Write what is known of the updates (dicts) whose loss or gradient is not finite, and raise RunError."""
+    step = updates[-1]["step"]
+    path = Path(args.output_dir) / f"nonfinite-step-{step}.json"
+    with writing(path):
+        path.write_text(json.dumps(json_numbers(updates), indent=2))
+    what = "the loss" if not all(map(math.isfinite, updates[-1]["losses"])) else "the gradient"
+    checkpoints = [checkpoint.name for _, checkpoint in list_checkpoints(args.output_dir)]
+    resume = f"--resume_from_checkpoint goes on from {checkpoints[-1]}, made before it; " if checkpoints else ""
+    raise RunError(
+        f"step {step}: {what} is not finite; {path} holds the examples, their timesteps and losses; {resume}try other "
+        "flags, such as --learning_rate"
+    )
+
+
+def json_numbers(value):
+    """`value` (nested lists and dicts of numbers) with what JSON has no number for as a string: "nan", "inf"."""
+    if isinstance(value, dict):
+        return {name: json_numbers(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [json_numbers(item) for item in value]
+    return value if math.isfinite(value) else str(value)
 
 
 # W&B would keep the command line otherwise, and an access token in it.
@@ -656,15 +1067,27 @@ def describe_result(args, name, steps):
         library_name="diffusers",
         tags=["kandinsky", "text-to-image", "diffusers", "diffusers-training"],
     )
-    prompt = json.dumps((args.validation_prompts or ["a prompt"])[0], ensure_ascii=False)
+    prompt = as_json((args.validation_prompts or ["a prompt"])[0])
     usage = f"""from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
-prior_pipeline = DiffusionPipeline.from_pretrained({json.dumps(name)})
+prior_pipeline = DiffusionPipeline.from_pretrained({as_json(name)})
 components = {{f"prior_{{name}}": part for name, part in prior_pipeline.components.items()}}
-decoder = {json.dumps(args.pretrained_decoder_model_name_or_path)}
+decoder = {as_json(args.pretrained_decoder_model_name_or_path)}
 pipeline = AutoPipelineForText2Image.from_pretrained(decoder, **components)
 pipeline({prompt}).images[0].save("picture.png")"""
-    return metadata, f"The prior of `{base}`, fine-tuned on `{source}` for {steps} updates.", usage
+    return metadata, f"The prior of {as_code(base)}, fine-tuned on {as_code(source)} for {steps} updates.", usage
+
+
+def as_json(value, indent=None):
+    """`value` in JSON, where only characters that show themselves stand as they are."""
+    return "\n".join(map(printable, json.dumps(value, indent=indent, ensure_ascii=False).split("\n")))
+
+
+def as_code(text):
+    """`text` as code within a line of Markdown, whatever it holds."""
+    text = printable(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
 
 
 def hub_id(name):
@@ -679,15 +1102,16 @@ def save_model_card(args, name, seed, metadata, sentence, usage, validation_imag
     """
     pictures = ""
     if validation_image:
-        prompts = [json.dumps(prompt, ensure_ascii=False) for prompt in args.validation_prompts]
-        drawn = "\n".join(f"{number}. {prompt}" for number, prompt in enumerate(prompts, 1))
+        drawn = "\n".join(f"{number}. {as_code(prompt)}" for number, prompt in enumerate(args.validation_prompts, 1))
         path = validation_image.relative_to(args.output_dir).as_posix()
         pictures = f"![pictures of the validation prompts]({path})\n\nThe pictures, row by row:\n\n{drawn}\n\n"
-    flags = json.dumps(recorded_arguments(args, seed), indent=2, ensure_ascii=False)
-    title = hub_id(name) or Path(name).resolve().name
+    flags = as_json(recorded_arguments(args, seed), indent=2)
+    title = re.sub(r"[^\w./ -]", "-", hub_id(name) or Path(name).resolve().name)
     card = f"---\n{metadata.to_yaml()}\n---\n\n# {title}\n\n{sentence}\n\n{pictures}"
     card += f"## Use\n\n```python\n{usage}\n```\n\n## Flags of the training run\n\n```json\n{flags}\n```\n"
-    (Path(args.output_dir) / "README.md").write_text(card, encoding="utf-8")
+    path = Path(args.output_dir) / "README.md"
+    with writing(path):
+        path.write_text(card, encoding="utf-8")
 
 
 def prepare_hub_repository(args):
@@ -695,8 +1119,8 @@ def prepare_hub_repository(args):
     api = HfApi(token=args.hub_token)
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     with naming(f"--push_to_hub {name}"):
-        repo_id = api.create_repo(name, exist_ok=True).repo_id
-        api.auth_check(repo_id, write=True)
+        repo_id = with_retries(api.create_repo, name, exist_ok=True).repo_id
+        with_retries(api.auth_check, repo_id, write=True)
     return repo_id
 
 
@@ -710,12 +1134,12 @@ def push_to_hub(args, repo_id):
     ]  # `*` stands for any number of sub-folders here
     try:
         api = HfApi(token=args.hub_token)
-        api.upload_folder(repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
+        with_retries(api.upload_folder, repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored)
     except Exception as error:  # whatever went wrong, the model is on disk and the user has to know
         exclude = [word for pattern in ignored for word in ("--exclude", pattern)]
         command = shlex.join(["hf", "upload", repo_id, args.output_dir, ".", *exclude])
         where = f"the model is in {args.output_dir}, upload it by: {command}"
-        raise RunError(f"--push_to_hub: {first_line(error)}; {where}") from error
+        raise RunError(f"--push_to_hub: {reason(error)}; {where}") from error
     logger.info(f"uploaded to {repo_id}")
 
 
@@ -738,11 +1162,95 @@ def on_main_process(accelerator, function, *arguments):
     return result
 
 
+def on_every_process(accelerator, path, function, *arguments):
+    """Call the function, which writes to `path` (Path), on every process. All wait for all, and raise RunError if one
+    of them can't write."""
+    error = None
+    try:
+        with writing(path):
+            function(*arguments)
+    except RunError as caught:
+        error = str(caught)
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise  # the others may be waiting for this one's part of a sharded model: the launcher ends them
+    errors = [error for error in gather_object([error]) if error]
+    if errors:
+        raise RunError(errors[0])
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what schedulers send, and Ctrl-C
+
+
+@contextlib.contextmanager
+def noted_signals():
+    """Within the block one of STOP_SIGNALS is only noted, in the list that the block gets. A second one ends at once.
+
+    What comes within a second of the first is the first: launchers pass on what a terminal has sent to all.
+    """
+    noted = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield noted
+        return
+    arriving, sent = socket.socketpair()
+    sent.setblocking(False)
+    threading.Thread(target=note_signals, args=(arriving, noted), daemon=True).start()
+    wakeup = signal.set_wakeup_fd(sent.fileno(), warn_on_full_buffer=False)
+    before = {signum: signal.signal(signum, lambda *_: None) for signum in STOP_SIGNALS}
+    try:
+        yield noted
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        signal.set_wakeup_fd(wakeup)
+        sent.close()
+
+
+def note_signals(arriving, noted):
+    """Note in a thread what arrives (socket) of STOP_SIGNALS: handlers wait while the main thread is in a library."""
+    first = None
+    while byte := arriving.recv(1):
+        if byte[0] in STOP_SIGNALS:
+            noted.append(byte[0])
+            first = first or time.monotonic()
+            if time.monotonic() - first > 1:
+                os._exit(128 + byte[0])
+
+
+def ignore_stop_signals(worker=None):
+    """Leave STOP_SIGNALS to the process that started this one: a scheduler sends them to all, and one is to answer."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+
+
+class SignalExchange:
+    """Tells every process of a signal that one of them has noted, at the same update, and without waiting for a device.
+
+    With several processes the answer is that of the update before: the question travels while the device computes.
+    """
+
+    def __init__(self, accelerator):
+        self.asked = self.group = None
+        if accelerator.num_processes > 1 and torch.distributed.is_initialized():
+            self.group = torch.distributed.new_group(backend="gloo")  # among the CPUs, beside the gradients' own
+
+    def after_update(self, noted):
+        """The number of the signal to stop for, or 0; noted: the list of `noted_signals`. To be called by all."""
+        number = torch.tensor(noted[0] if noted else 0)
+        if self.group is None:
+            return int(number)
+        if self.asked:
+            self.asked[0].wait()
+        answer = int(self.asked[1]) if self.asked else 0
+        largest = torch.distributed.ReduceOp.MAX
+        self.asked = (torch.distributed.all_reduce(number, largest, self.group, async_op=True), number)
+        return answer
+
+
 class AboveProgressBar(logging.Handler):
     """Writes log lines to stderr without tearing the progress bar apart."""
 
     def emit(self, record):
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(printable(self.format(record)), file=sys.stderr)
 
 
 def configure_logging(accelerator, args):
@@ -763,6 +1271,100 @@ def configure_logging(accelerator, args):
         raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {args.report_to}`")
 
 
+def make_accelerator(args):
+    """The `Accelerator` that the flags and accelerate's configuration ask for. Raises RunError."""
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=args.report_to,
+        project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+    )
+    several_hosts = os.environ.get("MASTER_ADDR", "127.0.0.1") not in ("127.0.0.1", "localhost")
+    by_launch = "ACCELERATE_MIXED_PRECISION" in os.environ and several_hosts
+    if by_launch and "RANK" not in os.environ and accelerator.num_processes == 1:
+        raise RunError("accelerate launch: this is one of several processes, but would train alone; add --multi_gpu")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise RunError("--mixed_precision fp16: needs a GPU, a CPU has bf16")
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    configure_logging(accelerator, args)
+    configure_sharding(accelerator, args)
+    return accelerator
+
+
+def configure_sharding(accelerator, args):
+    """Let DeepSpeed follow the flags, whatever accelerate is configured to. Raises RunError for what does not work."""
+    if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
+        raise RunError("accelerate's configuration: of FSDP only version 2 works here; set fsdp_version: 2")
+    if accelerator.distributed_type != DistributedType.DEEPSPEED:
+        return
+    if accelerator.mixed_precision != "no":
+        raise RunError("accelerate's configuration: DeepSpeed works here in full precision only; use FSDP for bf16")
+    transformers.integrations.unset_hf_deepspeed_config()  # the frozen models stay whole
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    config |= {
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_clipping": args.max_grad_norm,
+    }
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # 32 bits, of weights in 32 bits
+
+
+def is_sharded(parameter):
+    """Whether this process holds only a part of the parameter: under FSDP, or DeepSpeed's ZeRO stage 3."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "ds_tensor")
+
+
+def local_parameters(model):
+    """The parameters of `model`, plain tensors; of those that are sharded, the parts that this process holds."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # a forward pass without a backward pass leaves it whole
+    parts = list(model.parameters())
+    for index, parameter in enumerate(parts):
+        if isinstance(parameter, DTensor):
+            parts[index] = parameter.to_local()
+        elif is_sharded(parameter):
+            parameter.partition()  # so that the next to need it whole gathers the parts
+            parts[index] = parameter.ds_tensor.detach().requires_grad_(parameter.requires_grad)
+    return parts
+
+
+def local_part(whole, parameter):
+    """The part of `whole`, a tensor of the shape of `parameter`, that belongs to what this process holds of that."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        return distribute_tensor(whole, mesh, placements, src_data_rank=None).to_local().clone()
+    if is_sharded(parameter):  # flat, and padded to parts of equal size
+        size, rank = parameter.ds_tensor.numel(), torch.distributed.get_rank()
+        return torch.nn.functional.pad(whole.flatten(), (-rank * size, (rank + 1) * size - whole.numel())).clone()
+    return whole
+
+
+def whole_model(accelerator, model):
+    """The model itself, unwrapped; of a sharded one a copy with all weights on the main process's CPU, else None.
+
+    To be called by every process.
+    """
+    unwrapped = accelerator.unwrap_model(model)
+    if not any(map(is_sharded, unwrapped.parameters())):
+        return unwrapped
+    weights = accelerator.get_state_dict(model)
+    if not accelerator.is_main_process:
+        return None
+    with init_empty_weights(include_buffers=False):
+        whole = type(unwrapped).from_config(unwrapped.config)
+    whole.load_state_dict(weights, assign=True)
+    return whole.eval()
+
+
+def start_trackers(accelerator, args, seed):
+    """Start what --report_to names, with the flags of the run and its seed. Raises RunError."""
+    with naming(f"--report_to {args.report_to}"):
+        accelerator.init_trackers(args.tracker_project_name, recorded_arguments(args, seed), TRACKER_SETTINGS)
+
+
 def check_model_folder(flag, path, parts):
     """Raise RunError if `path`, the value of `flag`, is a local folder that lacks one of the sub-folders `parts`."""
     folder = Path(path)
@@ -772,7 +1374,10 @@ def check_model_folder(flag, path, parts):
         if not (folder / part).is_dir():
             raise RunError(f"--{flag} {path}: the folder has no {part}/, which a pipeline of this kind needs")
         if (folder / part / "config.json").exists() and not any((folder / part).glob("*.safetensors")):
-            raise RunError(f"--{flag} {path}: {part}/ holds no .safetensors, and no other weights are loaded")
+            raise RunError(
+                f"--{flag} {path}: {part}/ holds no .safetensors, and no other weights are loaded, for pickles can run "
+                "code; if you trust them: DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)"
+            )
 
 
 @contextlib.contextmanager
@@ -780,14 +1385,27 @@ def evaluation_weights(model, ema):
     """Put `model` into evaluation mode, with the weights of `ema` (EMAModel or None: its own), within the block."""
     model.eval()
     if ema is not None:
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
+        ema.store(local_parameters(model))
+        ema.copy_to(local_parameters(model))
     try:
         yield
     finally:
         if ema is not None:
-            ema.restore(list(model.parameters()))
+            ema.restore(local_parameters(model))
         model.train()
+
+
+def place_ema(ema, model, device, offload):
+    """Put the average on the device (torch.device), or into main memory that the device reads fast.
+
+    model: as prepared; where it is sharded, the process keeps the same part of the average.
+    """
+    pairs = zip(ema.shadow_params, model.parameters(), strict=True)
+    ema.shadow_params = [local_part(average, parameter) for average, parameter in pairs]
+    if not offload:
+        ema.to(device)
+    elif device.type == "cuda":
+        ema.pin_memory()
 
 
 def checkpoint_blocks(prior):
@@ -827,6 +1445,17 @@ def check_architecture(prior, image_encoder, text_encoder, tokenizer):
                 f"--pretrained_prior_model_name_or_path: the prior takes embeddings of width "
                 f"{prior.config.embedding_dim}, and the {name} makes {width}"
             )
+
+
+def make_dataloader(args, stream, device):
+    """The `DataLoader` of an `ExampleStream`, in its order."""
+    return torch.utils.data.DataLoader(
+        stream,
+        batch_size=args.train_batch_size,
+        num_workers=args.dataloader_num_workers,
+        worker_init_fn=ignore_stop_signals,
+        pin_memory=device.type == "cuda",
+    )
 
 
 def make_optimizer(args, parameters, device, scale):
@@ -878,18 +1507,75 @@ def check_output_dir(args, models):
             raise RunError(f"{name}: no permission to write to {existing}")
 
 
+def find_start(args, name):
+    """Where the run starts: (Path of a checkpoint or None, its state or that of step 0), with the seed of this run.
+
+    name: the folder of the trained weights in a checkpoint. To be called by every process. Raises RunError.
+    """
+    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
+    start = read_checkpoint(checkpoint) if checkpoint else {"step": 0, "examples_seen": 0, "seed": secrets.randbits(32)}
+    if len(set(gather_object([(start["step"], str(checkpoint))]))) > 1:
+        raise RunError(f"--output_dir {args.output_dir}: has to be on a disk that all processes see")
+    if args.resume_from_checkpoint:
+        check_resume(args, checkpoint, start, name)
+    return checkpoint, {**start, "seed": broadcast_object_list([start["seed"] if args.seed is None else args.seed])[0]}
+
+
 def prepare_output_dir(args, first_step, last_step):
     """Make output_dir, without what a crash left of checkpoints. Those behind `first_step`, which the run goes on from,
-    are set aside: they belong to another course of the run. Raises RunError."""
+    are set aside if it goes on at all: they belong to another course of the run. Raises RunError."""
     output_dir = Path(args.output_dir)
     with naming(f"--output_dir {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
         for folder in (*output_dir.glob("checkpoint-*.partial"), *output_dir.glob("checkpoint-*.removed")):
             shutil.rmtree(folder)
         for step, folder in list_checkpoints(output_dir):
-            if first_step < step <= last_step:
+            if first_step < step and first_step < last_step:
                 aside = folder.rename(output_dir / f"set-aside-{time.time():.0f}-{folder.name}")
                 logger.info(f"{folder} is of an earlier course of the run, and is now {aside}")
+
+
+def expected_sizes(args, model, pipeline):
+    """How many bytes a checkpoint of `model` takes, and the result, a `DiffusionPipeline`, in float32."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    trained, all_parts = (
+        sum(4 * getattr(p, "ds_numel", p.numel()) for part in models for p in part.parameters())
+        for models in ([model], parts)
+    )
+    copies = 1 + args.use_ema + (0.5 if getattr(args, "use_8bit_adam", False) else 2)  # weights, average, two moments
+    return copies * trained, all_parts
+
+
+def check_disk_space(output_dir, checkpoint, result):
+    """Warn if the disk has less space left than one checkpoint and the result need, both in bytes."""
+    free = shutil.disk_usage(output_dir).free
+    if free < checkpoint + result:
+        sizes = [
+            f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB" for size in (free, checkpoint, result)
+        ]
+        logger.warning(
+            f"--output_dir {output_dir}: its disk has {sizes[0]} left; one checkpoint needs {sizes[1]} and the result "
+            f"{sizes[2]}"
+        )
+
+
+def plan_course(args, batch_size, rows, first_step, examples_seen):
+    """The update at which the run ends, and the position in its stream that comes after the last example."""
+    examples_left = max(0, args.num_train_epochs * rows - examples_seen)
+    last_step = args.max_train_steps or first_step + math.ceil(examples_left / batch_size)
+    return last_step, examples_seen + max(0, last_step - first_step) * batch_size
+
+
+def save_pipeline(accelerator, pipeline, name, model, output_dir):
+    """Write the result to output_dir (Path). To be called by every process.
+
+    pipeline: of the result on the main process, a `DiffusionPipeline`, of which `model` is the part `name`.
+    """
+    whole = whole_model(accelerator, model)
+    if accelerator.is_main_process:
+        setattr(pipeline, name, whole)
+        pipeline.save_pretrained(output_dir)
+        flush_to_disk(*output_dir.glob("*/*.safetensors"))
 
 
 def validation_due(args, step, examples_before, examples_after, num_rows):
@@ -903,30 +1589,23 @@ def validation_due(args, step, examples_before, examples_after, num_rows):
 
 
 def main(args):
-    """Train as `args` (from `parse_args`) say. Every launcher ends here. Raises RunError."""
+    """Train as `args` (from `parse_args`) say. Every launcher ends here. Raises RunError, or RunStopped at a signal."""
     prior_path, decoder_path = args.pretrained_prior_model_name_or_path, args.pretrained_decoder_model_name_or_path
+    accelerator, hub = make_accelerator(args), {"cache_dir": args.cache_dir}
+    if args.check_data:
+        with naming(f"--pretrained_prior_model_name_or_path {prior_path}"):
+            tokenizer = with_retries(CLIPTokenizer.from_pretrained, prior_path, subfolder="tokenizer", **hub)
+            image_processor = with_retries(
+                CLIPImageProcessor.from_pretrained, prior_path, subfolder="image_processor", **hub
+            )
+        dataset = load_train_dataset(args, ["image_column", "caption_column"], args.seed or 0)
+        return on_main_process(accelerator, check_data, args, dataset, tokenizer, image_processor.size["shortest_edge"])
     check_output_dir(args, [prior_path, decoder_path])
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
-        project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
-        dataloader_config=DataLoaderConfiguration(non_blocking=True),
-    )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise RunError("--mixed_precision fp16: needs a GPU, a CPU has bf16")
-    configure_logging(accelerator, args)
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
     weight_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
     # Where the run starts: step 0, or a checkpoint.
-    checkpoint = find_checkpoint(args.output_dir, args.resume_from_checkpoint)
-    state = read_checkpoint(checkpoint) if checkpoint else {"step": 0, "examples_seen": 0, "seed": secrets.randbits(32)}
-    first_step, examples_seen = state["step"], state["examples_seen"]
-    seed = broadcast_object_list([state["seed"] if args.seed is None else args.seed])[0]
-    if args.resume_from_checkpoint:
-        check_resume(args, checkpoint, state, "prior")
+    checkpoint, start = find_start(args, "prior")
+    first_step, examples_seen, seed = start["step"], start["examples_seen"], start["seed"]
 
     # Models: the prior in float32, the frozen ones in the precision of the mixed-precision mode.
     weights = {"cache_dir": args.cache_dir, "use_safetensors": True, "dtype": torch.float32}
@@ -935,27 +1614,38 @@ def main(args):
     check_model_folder("pretrained_prior_model_name_or_path", prior_path, parts)
     noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
     with naming(f"--pretrained_prior_model_name_or_path {prior_path}" + (f", {checkpoint}" if checkpoint else "")):
-        hub = {"cache_dir": args.cache_dir}
-        image_processor = CLIPImageProcessor.from_pretrained(prior_path, subfolder="image_processor", **hub)
-        tokenizer = CLIPTokenizer.from_pretrained(prior_path, subfolder="tokenizer", **hub)
-        image_encoder = CLIPVisionModelWithProjection.from_pretrained(prior_path, subfolder="image_encoder", **frozen)
-        text_encoder = CLIPTextModelWithProjection.from_pretrained(prior_path, subfolder="text_encoder", **frozen)
+        image_encoder = with_retries(
+            CLIPVisionModelWithProjection.from_pretrained, prior_path, subfolder="image_encoder", **frozen
+        )
+        text_encoder = with_retries(
+            CLIPTextModelWithProjection.from_pretrained, prior_path, subfolder="text_encoder", **frozen
+        )
+        image_processor = with_retries(
+            CLIPImageProcessor.from_pretrained, prior_path, subfolder="image_processor", **hub
+        )
+        tokenizer = with_retries(CLIPTokenizer.from_pretrained, prior_path, subfolder="tokenizer", **hub)
         if checkpoint:
+            config = with_retries(PriorTransformer.load_config, prior_path, subfolder="prior", **hub)
+            check_same_architecture(checkpoint, start, config)
             prior = PriorTransformer.from_pretrained(checkpoint / "prior", use_safetensors=True)
         else:
-            prior = PriorTransformer.from_pretrained(prior_path, subfolder="prior", **weights)
+            prior = with_retries(PriorTransformer.from_pretrained, prior_path, subfolder="prior", **weights)
         ema_start = prior
         if args.use_ema and checkpoint:
             ema_start = PriorTransformer.from_pretrained(checkpoint / "prior_ema", use_safetensors=True)
         # All that the result is made of, in full precision, so that nothing can be missing after the training.
-        pipeline = decoder = None
+        pipeline = drawing = decoder = None
         if accelerator.is_main_process:
-            pipeline = KandinskyV22PriorPipeline.from_pretrained(prior_path, prior=prior, **weights)
+            pipeline = with_retries(KandinskyV22PriorPipeline.from_pretrained, prior_path, prior=prior, **weights)
+        if args.validation_prompts:
+            parts = {"prior": prior, "image_encoder": image_encoder, "text_encoder": text_encoder}
+            parts |= {"tokenizer": tokenizer, "image_processor": image_processor}
+            drawing = with_retries(KandinskyV22PriorPipeline.from_pretrained, prior_path, **parts, **hub)
     check_architecture(prior, image_encoder, text_encoder, tokenizer)
-    if args.validation_prompts and accelerator.is_main_process:
+    if args.validation_prompts:
         check_model_folder("pretrained_decoder_model_name_or_path", decoder_path, ["unet", "scheduler", "movq"])
         with naming(f"--pretrained_decoder_model_name_or_path {decoder_path}"):
-            decoder = KandinskyV22Pipeline.from_pretrained(decoder_path, **frozen)
+            decoder = with_retries(KandinskyV22Pipeline.from_pretrained, decoder_path, **frozen)
         check_decoder(decoder, prior)
     ema_prior = None
     if args.use_ema:
@@ -965,96 +1655,106 @@ def main(args):
 
     # Data: one stream of examples for the whole run, entered where the checkpoint was made.
     dataset = load_train_dataset(args, ["image_column", "caption_column"], seed)
-    on_main_process(accelerator, check_images, dataset, args.image_column)
+    dataset = leave_out(dataset, on_main_process(accelerator, check_images, args, dataset))
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    examples_left = max(0, args.num_train_epochs * len(dataset) - examples_seen)
-    last_step = args.max_train_steps or first_step + math.ceil(examples_left / batch_size)
-    end = examples_seen + max(0, last_step - first_step) * batch_size
+    last_step, end = plan_course(args, batch_size, len(dataset), first_step, examples_seen)
+    run = {"seed": seed, "batch_size": batch_size, "rows": len(dataset), "architecture": public_config(prior.config)}
+    run["data_digest"] = on_main_process(accelerator, data_digest, dataset)
+    if checkpoint:
+        check_same_course(checkpoint, run)
     preprocess = functools.partial(
         preprocess_train, args, tokenizer, image_processor, prior.config.embedding_dim, len(alphas_cumprod)
     )
-    train_dataloader = torch.utils.data.DataLoader(
-        ExampleStream(dataset, preprocess, seed, examples_seen, end),
-        batch_size=args.train_batch_size,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
+    stream = ExampleStream(dataset, preprocess, seed, examples_seen, end)
+    train_dataloader = make_dataloader(args, stream, accelerator.device)
 
     # Optimizer.
     image_encoder.requires_grad_(False).to(accelerator.device)
     text_encoder.requires_grad_(False).to(accelerator.device)
     prior.train().to(accelerator.device)
-    clip_mean, clip_std = prior.clip_mean.requires_grad_(False), prior.clip_std.requires_grad_(False)  # no part of it
+    clip_mean, clip_std = (value.requires_grad_(False).clone() for value in (prior.clip_mean, prior.clip_std))
     if args.gradient_checkpointing:
         checkpoint_blocks(prior)
-    if ema_prior:
-        ema_prior.to(accelerator.device)
     trained = [parameter for parameter in prior.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(args, trained, accelerator.device, scale=1)
     prior, optimizer, train_dataloader = accelerator.prepare(prior, optimizer, train_dataloader)
+    if ema_prior:
+        place_ema(ema_prior, prior, accelerator.device, offload=False)
     keep_weights_apart(accelerator)
     if checkpoint:
         load_optimizer(accelerator, optimizer, checkpoint)
     lr_scheduler = make_lr_scheduler(args, optimizer, first_step, last_step)
 
-    # Everything that can refuse the run has spoken: from here on it writes.
+    # All that can refuse the run without writing has spoken.
     repo_id = on_main_process(accelerator, prepare_hub_repository, args) if args.push_to_hub else args.hub_model_id
     on_main_process(accelerator, prepare_output_dir, args, first_step, last_step)
-    accelerator.init_trackers(args.tracker_project_name, recorded_arguments(args, seed), TRACKER_SETTINGS)
+    if accelerator.is_main_process:
+        check_disk_space(args.output_dir, *expected_sizes(args, prior, pipeline))
+    start_trackers(accelerator, args, seed)
 
     # Loop.
     steps = f"steps {first_step} to {max(first_step, last_step)}"
     logger.info(f"{len(dataset)} images, {batch_size} per step, {steps}, seed {seed}")
-    log = UpdateLog(accelerator, first_step, last_step)
+    log, exchange, stop = UpdateLog(accelerator, args, first_step, last_step), SignalExchange(accelerator), 0
     batches = iter(train_dataloader)
-    for step in range(first_step + 1, last_step + 1):
-        update_loss = waited = 0
-        for _ in range(args.gradient_accumulation_steps):
-            wait_started = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - wait_started
-            with accelerator.accumulate(prior):
-                loss = training_loss(
-                    batch, prior, image_encoder, text_encoder, clip_mean, clip_std, alphas_cumprod, args
-                )
-                accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    gradient_norm = accelerator.clip_grad_norm_(trained, args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            update_loss += loss.detach() / args.gradient_accumulation_steps
-        if ema_prior:
-            ema_prior.step(prior.parameters())
-        log.add(step, update_loss, gradient_norm, lr_scheduler.get_last_lr()[0], batch_size, waited)
-        lr_scheduler.step()
+    with noted_signals() as noted:
+        for step in range(first_step + 1, last_step + 1):
+            examples, waited = [], 0
+            for _ in range(args.gradient_accumulation_steps):
+                wait_started = time.perf_counter()
+                batch = next(batches)
+                waited += time.perf_counter() - wait_started
+                with accelerator.accumulate(prior):
+                    losses = training_losses(
+                        batch, prior, image_encoder, text_encoder, clip_mean, clip_std, alphas_cumprod, args
+                    )
+                    accelerator.backward(losses.mean())
+                    if accelerator.sync_gradients:
+                        gradient_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                known = {"positions": batch["positions"], "timesteps": batch["timesteps"], "losses": losses.detach()}
+                examples.append(known)
+            if ema_prior:
+                ema_prior.step(local_parameters(prior))
+            log.add(step, examples, gradient_norm, lr_scheduler.get_last_lr()[0], batch_size, waited)
+            lr_scheduler.step()
 
-        examples_seen += batch_size
-        save = step % args.checkpointing_steps == 0
-        draw = validation_due(args, step, examples_seen - batch_size, examples_seen, len(dataset)) and step < last_step
-        if save or draw or step % args.logging_steps == 0 or step == last_step:
-            log.flush()
-        if save:
-            state = {"step": step, "examples_seen": examples_seen, "seed": seed}
-            save_checkpoint(accelerator, args, "prior", prior, ema_prior, state)
-        if draw and accelerator.is_main_process:
-            with evaluation_weights(prior, ema_prior):
-                log_validation(pipeline, decoder, image_encoder, text_encoder, accelerator, args, seed, step)
-        if save or draw:
-            log.restart_clock()
-    log.progress_bar.close()
+            examples_seen += batch_size
+            stop = exchange.after_update(noted) if step < last_step else 0
+            save = step % args.checkpointing_steps == 0 or stop
+            draw = validation_due(args, step, examples_seen - batch_size, examples_seen, len(dataset))
+            draw = draw and step < last_step and not stop
+            if save or draw or step % args.logging_steps == 0 or step == last_step:
+                log.flush()
+                save = save and log.worth_saving(stop)
+            if save:
+                state = {**run, "step": step, "examples_seen": examples_seen}
+                save_checkpoint(accelerator, args, "prior", prior, ema_prior, state)
+            if draw:
+                with evaluation_weights(prior, ema_prior):
+                    log_validation(drawing, decoder, accelerator, args, seed, step)
+            if save or draw:
+                log.restart_clock()
+            if stop:
+                break
+        log.progress_bar.close()
+        if stop:
+            accelerator.end_training()
+            raise RunStopped(stop, step)
+        with evaluation_weights(prior, ema_prior):
+            output_dir = Path(args.output_dir)
+            on_every_process(accelerator, output_dir, save_pipeline, accelerator, pipeline, "prior", prior, output_dir)
 
     # Result.
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        validation_image = None
+    validation_image = None
+    if args.validation_prompts:
         with evaluation_weights(prior, ema_prior):
-            pipeline.save_pretrained(args.output_dir)
-            if args.validation_prompts:
-                halves = (pipeline, decoder, image_encoder, text_encoder)
-                validation_image = log_validation(*halves, accelerator, args, seed, last_step)
-        name = repo_id or args.output_dir
-        save_model_card(args, name, seed, *describe_result(args, name, last_step), validation_image)
-        logger.info(f"saved the pipeline in {args.output_dir}")
+            validation_image = log_validation(drawing, decoder, accelerator, args, seed, last_step)
+    name = repo_id or args.output_dir
+    card = (args, name, seed, *describe_result(args, name, last_step), validation_image)
+    on_main_process(accelerator, save_model_card, *card)
+    logger.info(f"saved the pipeline in {args.output_dir}")
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
         push_to_hub(args, repo_id)
@@ -1064,9 +1764,12 @@ if __name__ == "__main__":
     try:
         main(parse_args())
     except RunError as error:
-        reason = str(error).rpartition("RunError: ")[2].strip()  # from a data worker it comes behind a traceback
-        tqdm.write(f"error: {reason}", file=sys.stderr)
+        line = str(error).rpartition("RunError: ")[2].strip()  # from a data worker it comes behind a traceback
+        tqdm.write(f"error: {printable(line)}", file=sys.stderr)
         sys.exit(1)
+    except RunStopped as stopped:
+        logger.warning(stopped)
+        sys.exit(128 + stopped.signum)
     except KeyboardInterrupt:
         tqdm.write("stopped; --resume_from_checkpoint goes on from the newest checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -11,6 +11,8 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # one for each of pytest's processes, and the same sums in every process
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # compiles in half the time
 os.environ["WANDB_MODE"] = "offline"
 os.environ["WANDB_SILENT"] = "true"
 
@@ -21,11 +23,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """A cache of data sets of the session's own, also for the processes it starts."""
+    """Caches of data sets and of what JAX has compiled, of the session's own, also for the processes it starts."""
     folder = tmp_path_factory.mktemp("cache")
     if "datasets" in sys.modules:  # it has read the variable by now
         sys.modules["datasets"].config.HF_DATASETS_CACHE = folder
     os.environ["HF_DATASETS_CACHE"] = str(folder)
+    settings = {"jax_compilation_cache_dir": str(folder / "jax"), "jax_persistent_cache_min_compile_time_secs": 0.3}
+    os.environ.update({name.upper(): str(value) for name, value in settings.items()})
+    for name, value in settings.items() if "jax" in sys.modules else ():  # likewise
+        sys.modules["jax"].config.update(name, value)
 
 
 @pytest.fixture(scope="session")

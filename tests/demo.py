@@ -1,11 +1,13 @@
 """Teaches the tiny pipeline in `assets` a word that it has never seen, "star", with the real training script.
 
     python tests/demo.py --output_dir demo-output
+    python tests/demo.py --output_dir demo-output-flax --script train_text_to_image_flax.py
 
 Draws the pictures of stars to learn from, and beside them lets the pipeline draw some of the shapes that it knows, so
 that it rehearses them: without those, all that it draws becomes a star. Asks for stars before and after fine-tuning by
-`train_text_to_image.py`, asks for the old shapes again, and counts by the check of `shapes.py` how many pictures show
-what their prompt says. Exits with 1 and one line where a count misses its bound. Takes a few minutes on two CPU cores.
+`train_text_to_image.py`, or by its twin in JAX with the same flags, asks for the old shapes again, and counts by the
+check of `shapes.py` how many pictures show what their prompt says. Exits with 1 and one line where a count misses its
+bound. Takes a few minutes on two CPU cores.
 """
 
 import argparse
@@ -29,7 +31,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = ROOT / "tests" / "assets" / "shapes-64"
-SCRIPT = ROOT / "train_text_to_image.py"
+SCRIPTS = ("train_text_to_image.py", "train_text_to_image_flax.py")
 
 NUM_TRAIN_PICTURES = 160  # of stars
 NUM_REHEARSED_PICTURES = 60  # of the old shapes, drawn by the pipeline itself
@@ -57,6 +59,7 @@ GRID_COLUMNS = 4
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "demo-output")
+    parser.add_argument("--script", choices=SCRIPTS, default=SCRIPTS[0], help="what trains")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(input_args)
 
@@ -66,7 +69,7 @@ def parse_args(input_args=None):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def training_command(data_dir, model_dir, seed):
+def training_command(script, data_dir, model_dir, seed):
     """The command that fine-tunes, as a list of arguments. It is the one that a user would type."""
     flags = {
         "pretrained_model_name_or_path": PIPELINE,
@@ -83,7 +86,7 @@ def training_command(data_dir, model_dir, seed):
         "validation_steps": 400,
         "seed": seed,
     }
-    command = [sys.executable, str(SCRIPT), "--random_flip", "--use_ema"]
+    command = [sys.executable, str(ROOT / script), "--random_flip", "--use_ema"]
     for name, value in flags.items():
         command += [f"--{name}", str(value)]
     return [*command, "--validation_prompts", "a red star on white", "a blue star on black", "a green circle on white"]
@@ -188,7 +191,7 @@ def main(args):
     before = draw_rows(pipeline, args.seed)
     write_training_folder(data_dir, pipeline, args.seed)
 
-    command = training_command(data_dir, model_dir, args.seed)
+    command = training_command(args.script, data_dir, model_dir, args.seed)
     print(
         f"Fine-tuning on {data_dir}: {NUM_TRAIN_PICTURES} pictures of stars, and {NUM_REHEARSED_PICTURES} that the "
         f"pipeline itself drew of the shapes that it knows.\n{shlex.join(command)}",
@@ -196,7 +199,7 @@ def main(args):
     )
     result = subprocess.run(command, cwd=ROOT)
     if result.returncode:
-        sys.exit(f"demo: {SCRIPT.name} ended with exit status {result.returncode}")
+        sys.exit(f"demo: {args.script} ended with exit status {result.returncode}")
 
     print("Asking again, for stars and for the shapes that the pipeline knew.", flush=True)
     pipeline = load_pipeline(model_dir)
@@ -204,7 +207,7 @@ def main(args):
     figures["old_after"] = count_matches(pipeline, shapes.SHAPES, seed=args.seed)
     save_grid(grid({"before": before, "after": draw_rows(pipeline, args.seed)}), folder / "before-after.png")
 
-    record = {**figures, "pictures_per_figure": NUM_DRAWN, "seconds": round(time.time() - start)}
+    record = {"script": args.script, **figures, "pictures_per_figure": NUM_DRAWN, "seconds": round(time.time() - start)}
     (folder / "figures.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print("\nPictures that show what their prompt says:")
     for name, words, low, high in BOUNDS:

@@ -264,10 +264,12 @@ class Hub:
     Attributes:
         url: the endpoint.
         requests: (method, path without the query, status) of each request, in the order of the replies; the status of a
-            broken connection is "break".
+            connection that was closed is "break", "drop" or "lose".
         tokens_seen: the tokens that requests carried, known or not.
-        fail: called with the method and path of each request; returns None to serve it, a status to refuse it with, or
-            "break" to close the connection halfway through the request's body or, where it has none, the reply's.
+        fail: called with the method and path of each request; returns None to serve it, a status or a `Reply` to refuse
+            it with, ("slow", seconds) to serve it so much later, or how to close the connection: "break" halfway
+            through the request's body or, where it has none, the reply's; "drop" without a reply to a request that is
+            not heeded; "lose" without a reply to one that is.
     """
 
     def __init__(self, tokens=None, user="user"):
@@ -298,6 +300,7 @@ class Hub:
         # A variable set for the real Hub (a token, a cache, a proxy, offline mode) must not reach the client.
         ours = {name: value for name, value in os.environ.items() if not LOCAL_VARIABLES.match(name)}
         ours |= {"HF_ENDPOINT": self.url, "HF_HOME": self.home.name, "HF_HUB_OFFLINE": "0"}
+        ours |= {"HF_DATASETS_CACHE": os.path.join(self.home.name, "datasets")}
         ours |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
         return ours if token is None else ours | {"HF_TOKEN": token}
 
@@ -558,6 +561,9 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(length // 2)
             hub.requests.append((self.command, url.path, fault))
             return
+        if isinstance(fault, tuple) and fault[0] == "slow":
+            threading.Event().wait(fault[1])  # not by `time.sleep`, which tests replace
+            fault = None
         # A refusal, too, waits for the whole body: closing before that may cost the client the reply.
         body = self.rfile.read(length)
         request = Request(self.command, url.path, parse_qs(url.query), token, self.headers.get("Range"), body)
@@ -565,10 +571,16 @@ class Handler(BaseHTTPRequestHandler):
             reply = Refused(411, "Length required").reply
         elif isinstance(fault, int):
             reply = Refused(fault, "Injected failure").reply
+        elif isinstance(fault, Reply):
+            reply, fault = fault, None
+        elif fault == "drop":
+            reply = None
         else:
             reply = hub.answer(request)
         # Before the reply leaves, so that a client that has it finds it logged.
         hub.requests.append((self.command, url.path, fault or reply.status))
+        if fault in ("drop", "lose"):
+            return
         with contextlib.suppress(ConnectionError):
             self.send(reply, broken=fault == "break")
 

@@ -1,5 +1,6 @@
 """Checkpoints: there whole or not at all, found, pruned, and resumed to the last bit."""
 
+import argparse
 import json
 import shutil
 from pathlib import Path
@@ -10,7 +11,14 @@ from conftest import launch, run
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from train_text_to_image import RunError, find_checkpoint, list_checkpoints, read_checkpoint
+from train_text_to_image import (
+    CHECKPOINT_KEYS,
+    RunError,
+    find_checkpoint,
+    list_checkpoints,
+    prepare_output_dir,
+    read_checkpoint,
+)
 
 
 def make_checkpoint(output_dir, step, **state):
@@ -18,7 +26,9 @@ def make_checkpoint(output_dir, step, **state):
     folder.mkdir(parents=True)
     (folder / "weights").write_bytes(b"12345")
     (folder / "training_state.json").write_text(
-        json.dumps({"step": step, "examples_seen": 0, "seed": 0, "arguments": {}, "files": {"weights": 5}, **state})
+        json.dumps(
+            {**dict.fromkeys(CHECKPOINT_KEYS, 0), "step": step, "arguments": {}, "files": {"weights": 5}, **state}
+        )
     )
     return folder
 
@@ -113,9 +123,9 @@ def test_a_failed_save_leaves_the_older_checkpoints_alone(flags, monkeypatch):
         return flush(*paths)
 
     monkeypatch.setattr(train_text_to_image, "flush_to_disk", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunError, match="checkpoint-2 cannot be written: .*No space left"):
         run({**flags, "checkpointing_steps": 1, "checkpoints_total_limit": 1})
-    assert [step for step, _ in list_checkpoints(flags["output_dir"])] == [1]
+    assert names_in(flags["output_dir"]) == ["checkpoint-1"]
     read_checkpoint(flags["output_dir"] / "checkpoint-1")
 
 
@@ -188,6 +198,12 @@ def test_latest_with_no_checkpoint_starts_anew_and_says_so(flags, capsys):
     assert (flags["output_dir"] / "model_index.json").is_file()
 
 
+def test_latest_does_not_replace_a_finished_model_that_has_no_checkpoint(tmp_path):
+    (tmp_path / "model_index.json").touch()
+    with pytest.raises(RunError, match="holds a finished model and no checkpoint"):
+        find_checkpoint(tmp_path, "latest")
+
+
 @pytest.mark.parametrize("max_train_steps", [1, 2])
 def test_resume_at_or_past_the_last_step_only_saves_the_result(flags, max_train_steps):
     run({**flags, "checkpointing_steps": 2})
@@ -211,6 +227,18 @@ def test_resume_from_an_earlier_checkpoint_sets_the_later_ones_aside(flags, caps
         assert all(torch.equal(before[name], after[name]) for name in before)
     assert len(list(flags["output_dir"].glob("set-aside-*"))) == 2
     assert "is of an earlier course of the run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("first_step", "last_step", "kept"), [(2, 4, [1, 2]), (2, 9, [1, 2]), (2, 2, [1, 2, 3, 4, 5, 6])]
+)
+def test_no_checkpoint_of_the_earlier_course_is_left_to_be_the_latest(tmp_path, first_step, last_step, kept):
+    """Nor to be kept by --checkpoints_total_limit instead of a new one; without a step to do there is no new course."""
+    for step in range(1, 7):
+        make_checkpoint(tmp_path, step)
+    prepare_output_dir(argparse.Namespace(output_dir=tmp_path), first_step, last_step)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == kept
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_resume_with_another_split_of_the_same_batch_sees_the_same_examples(flags):

@@ -1,5 +1,6 @@
 """The flags: all of upstream's with their defaults, and one clear line with the right status for bad input."""
 
+import importlib
 import json
 import os
 import shutil
@@ -15,8 +16,10 @@ from safetensors.torch import load_file
 
 from train_text_to_image import RunError, parse_args
 
-UPSTREAM = json.loads((ROOT / "tests" / "upstream_flags.json").read_text())["train_text_to_image.py"]
+ALL_FLAGS = json.loads((ROOT / "tests" / "upstream_flags.json").read_text())
+UPSTREAM = ALL_FLAGS["train_text_to_image.py"]
 NEW = {"--proportion_empty_prompts", "--validation_steps", "--logging_steps"}
+NEW |= {"--check_data", "--skip_bad_images", "--max_nonfinite_steps"}
 REQUIRED = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "images"]
 
 
@@ -27,14 +30,25 @@ def parse(*words):
 # The flags ------------------------------------------------------------------------------------------------------------
 
 
-def test_upstream_has_57_flags():
-    assert len(UPSTREAM) == 57
+STABLE_DIFFUSION = {"train_text_to_image": 57, "train_text_to_image_flax": 34}
 
 
-@pytest.mark.parametrize("flag", sorted(UPSTREAM))
-def test_flag_of_upstream(flag):
+@pytest.mark.parametrize(("script", "number"), STABLE_DIFFUSION.items())
+def test_the_number_of_upstream_s_flags(script, number):
+    assert len(ALL_FLAGS[f"{script}.py"]) == number
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"), [(script, flag) for script in STABLE_DIFFUSION for flag in sorted(ALL_FLAGS[f"{script}.py"])]
+)
+def test_flag_of_upstream(script, flag):
     """It is accepted with the same type and default, and a value of that type is what the script gets."""
-    facts, name = UPSTREAM[flag], flag.removeprefix("--")
+    facts, name = ALL_FLAGS[f"{script}.py"][flag], flag.removeprefix("--")
+    module = importlib.import_module(script)
+
+    def parse(*words):
+        return vars(module.parse_args([*REQUIRED, *words]))
+
     if flag not in REQUIRED:
         assert parse()[name] == facts["default"]
     if facts["type"] == "flag":
@@ -43,7 +57,7 @@ def test_flag_of_upstream(flag):
     value = {"int": "3", "float": "0.25", "str": "constant"}[facts["type"]]
     restricted = {
         "--prediction_type": ["epsilon", "v_prediction", "sample"],
-        "--report_to": ["wandb", "comet_ml", "all"],
+        "--report_to": ["tensorboard", "wandb", "all"],
     }
     values = facts.get("choices") or restricted.get(flag) or [value]
     for value in values:
@@ -81,7 +95,8 @@ def test_schedules(schedule):
         *[(f"--{name} {value}", f"--{name}: must be larger than 0, not {value}")
           for name in ("resolution", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
                        "max_train_steps", "max_train_samples", "checkpointing_steps", "checkpoints_total_limit",
-                       "validation_epochs", "validation_steps", "logging_steps") for value in (0, -1)],
+                       "validation_epochs", "validation_steps", "logging_steps", "max_nonfinite_steps")
+          for value in (0, -1)],
         ("--learning_rate 0", "--learning_rate: must be larger than 0"),
         ("--learning_rate nan", "--learning_rate: must be larger than 0"),
         ("--learning_rate inf", "--learning_rate: must be larger than 0"),

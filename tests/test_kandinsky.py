@@ -109,7 +109,7 @@ class Arguments:
 
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 def test_training_loss_of_the_prior(prior_folder, snr_gamma):
-    from train_text_to_image_prior import training_loss
+    from train_text_to_image_prior import training_losses
 
     pipeline = KandinskyV22PriorPipeline.from_pretrained(prior_folder)
     tokens = pipeline.tokenizer(["red dots", "blue"], padding="max_length", max_length=77, return_tensors="pt")
@@ -120,7 +120,7 @@ def test_training_loss_of_the_prior(prior_folder, snr_gamma):
     arguments.snr_gamma = snr_gamma
     prior, models = pipeline.prior, (pipeline.prior, pipeline.image_encoder, pipeline.text_encoder)
     clip = (prior.clip_mean.detach(), prior.clip_std.detach())
-    loss = training_loss(batch, *models, *clip, scheduler.alphas_cumprod, arguments)
+    loss = training_losses(batch, *models, *clip, scheduler.alphas_cumprod, arguments).mean()
 
     with torch.no_grad():
         embeds = (pipeline.image_encoder(batch["clip_pixel_values"])[0] - 0.1) / 0.5  # as tiny.py sets mean and std
@@ -136,7 +136,7 @@ def test_training_loss_of_the_prior(prior_folder, snr_gamma):
 
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 def test_training_loss_of_the_decoder(prior_folder, decoder_folder, snr_gamma):
-    from train_text_to_image_decoder import empty_embedding, training_loss
+    from train_text_to_image_decoder import empty_embedding, training_losses
 
     prior_pipeline = KandinskyV22PriorPipeline.from_pretrained(prior_folder)
     pipeline = KandinskyV22Pipeline.from_pretrained(decoder_folder)
@@ -149,7 +149,7 @@ def test_training_loss_of_the_decoder(prior_folder, decoder_folder, snr_gamma):
     arguments.snr_gamma = snr_gamma
     models = (pipeline.unet, pipeline.movq, prior_pipeline.image_encoder)
     alphas_cumprod = pipeline.scheduler.alphas_cumprod
-    loss = training_loss(batch, *models, empty, alphas_cumprod, "epsilon", arguments)
+    loss = training_losses(batch, *models, empty, alphas_cumprod, "epsilon", arguments).mean()
 
     with torch.no_grad():
         latents = pipeline.movq.encode(batch["pixel_values"]).latents

@@ -1,0 +1,290 @@
+"""Runs that are killed, stopped by a signal, or out of disk: nothing is lost, and the weights do not change by a bit.
+
+`make faults` kills each script many times more.
+"""
+
+import functools
+import importlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import faults
+import pytest
+from conftest import ROOT, command_line, run
+from faults import SCRIPTS, TRAINED, Process, check_checkpoints, difference_of_runs, flags_of_run, largest_difference
+
+STABLE_DIFFUSION, PRIOR, DECODER, FLAX = SCRIPTS
+STEPS = 16
+
+every_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A function of a script to its run of STEPS updates at a stretch: its flags, output_dir and what it said."""
+    folder = tmp_path_factory.mktemp("faults")
+    inputs = faults.make_inputs(folder)
+
+    @functools.cache
+    def of_script(script):
+        flags = {**flags_of_run(inputs[script], STEPS), "output_dir": folder / script}
+        with pytest.MonkeyPatch.context() as monkeypatch, (folder / f"{script}.stderr").open("w+") as stderr:
+            monkeypatch.setattr(sys, "stderr", stderr)
+            run(flags, script)
+            stderr.seek(0)
+            return SimpleNamespace(flags=flags, output=flags["output_dir"], said=stderr.read())
+
+    return of_script
+
+
+def names_in(folder):
+    """What lies in an output_dir of checkpoints, whole or not."""
+    return sorted(path.name for path in Path(folder).glob("checkpoint-*"))
+
+
+def assert_one_line_of_full_disk(said, name):
+    """About the checkpoint `name`, and no traceback."""
+    lines = re.findall(r"^error: .*", said, re.MULTILINE)
+    assert len(lines) == 1, said
+    assert name in lines[0]
+    assert "No space left on device" in lines[0]
+    assert "Traceback" not in said
+
+
+def assert_resumes(script, flags, whole_run, folder):
+    """The run goes on from its newest checkpoint and ends with the same bits as the one at a stretch."""
+    newest = max(check_checkpoints(script, flags["output_dir"]))
+    with Process(script, flags, folder / "stderr-resumed") as process:
+        assert process.wait() == 0, process.said()
+        assert f"going on from {flags['output_dir'] / f'checkpoint-{newest}'}" in process.said()
+    results = [output / TRAINED[script] for output in (whole_run.output, flags["output_dir"])]
+    assert largest_difference(*results) == 0.0
+
+
+# kill -9 --------------------------------------------------------------------------------------------------------------
+
+
+@every_script
+def test_killed_inside_a_save_a_prune_and_the_result(script, whole, tmp_path):
+    """And gone on with each time: results and last checkpoints do not differ by a bit."""
+    flags = {**whole(script).flags, "output_dir": tmp_path / "killed"}
+    places = faults.kill_again_and_again(script, flags, ["save", "prune", "result"], 0, tmp_path, print)
+    assert places.total() == 3
+    assert places["save"] >= 1
+    assert difference_of_runs(script, whole(script).output, tmp_path / "killed", STEPS) == 0.0
+
+
+# A full disk ----------------------------------------------------------------------------------------------------------
+
+# As root in a mount namespace, as anyone else in a user namespace as well: nothing stays mounted, whatever happens.
+NAMESPACE = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--mount"]
+ON_SMALL_DISK = """
+disk=$1 copy=$2 size=$3; shift 3
+mount -t tmpfs -o size=$size tmpfs "$disk" || exit 99
+"$@"
+status=$?
+cp -a "$disk/." "$copy"
+exit $status
+"""
+
+
+def small_disk(size, folder):
+    """The words in front of a command that has a disk of so many bytes at folder/disk, copied to folder/copy after."""
+    for name in ("disk", "copy"):
+        (folder / name).mkdir(exist_ok=True)
+    shell = [*NAMESPACE, "sh", "-c", ON_SMALL_DISK, "sh"]
+    return [*shell, str(folder / "disk"), str(folder / "copy"), str(size)]
+
+
+@pytest.fixture
+def can_mount(tmp_path):
+    try:
+        refused = subprocess.run([*small_disk("1m", tmp_path), "true"], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("needs unshare, of util-linux")
+    if refused.returncode:
+        pytest.skip(f"needs to mount a file system of its own: {refused.stderr.strip()}")
+
+
+def size_on_disk(*paths):
+    """Bytes that files, and all files in folders, take of a file system with pages of 4 KiB."""
+    files = [path for folder in paths for path in (folder, *folder.rglob("*")) if path.is_file()]
+    return sum(-(-path.stat().st_size // 4096) * 4096 for path in files)
+
+
+def sizes_of(script, whole_run):
+    """About the bytes of a checkpoint, and those of all that a run writes besides checkpoints and logs.
+
+    A checkpoint holds weights, their average and two moments, and a quarter more: Orbax's take 1.2 to 1.9 times as much
+    as the numbers in them, and differ from one to the next.
+    """
+    others = [path for path in whole_run.output.iterdir() if not re.match("checkpoint-|logs", path.name)]
+    return 5 * size_on_disk(whole_run.output / TRAINED[script]), size_on_disk(*others)
+
+
+def run_on_small_disk(script, flags, size, folder):
+    """Train with output_dir on a disk of `size` bytes. Returns (status, what it said); the copy is folder/copy."""
+    flags = {**flags, "output_dir": folder / "disk" / "output"}
+    command = [*small_disk(size, folder), sys.executable, str(ROOT / f"{script}.py"), *command_line(flags)]
+    result = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace", timeout=300)
+    assert result.returncode != 99, result.stderr
+    return result.returncode, result.stderr.replace("\r", "\n")
+
+
+def size_before_checkpoints(script, result):
+    """Bytes that a script writes to output_dir before its first checkpoint: the logs, and in JAX most of the result."""
+    return (result if script == FLAX else 0) + 64 * 1024
+
+
+@every_script
+def test_a_disk_that_is_full_at_the_second_checkpoint(script, whole, can_mount, tmp_path):
+    """One line, the first checkpoint whole and nothing of the second; with room again it goes on to the same bits."""
+    checkpoint, result = sizes_of(script, whole(script))
+    size = size_before_checkpoints(script, result) + int(1.5 * checkpoint)
+    flags = {**whole(script).flags, "checkpoints_total_limit": None}
+    status, said = run_on_small_disk(script, flags, size, tmp_path)
+    print(f"{script}: checkpoint {checkpoint} bytes, result {result} bytes, disk {size} bytes, ended with {status}")
+    assert_one_line_of_full_disk(said, "checkpoint-4")
+    assert status == 1
+    output = tmp_path / "copy" / "output"
+    assert names_in(output) == ["checkpoint-2"]
+    assert check_checkpoints(script, output) == [2]
+    assert_resumes(script, {**flags, "output_dir": output}, whole(script), tmp_path)
+
+
+def warnings_of_disk(said):
+    return re.findall(r"^.*\bWARNING\b.*\bdisk\b.*", said, re.MULTILINE)
+
+
+@every_script
+def test_a_disk_without_room_for_one_checkpoint_is_said_before_training(script, whole, can_mount, tmp_path):
+    """With what is there and what is needed; the save then fails and leaves nothing."""
+    checkpoint, result = sizes_of(script, whole(script))
+    size = size_before_checkpoints(script, result) + int(0.4 * checkpoint)
+    status, said = run_on_small_disk(script, whole(script).flags, size, tmp_path)
+    assert len(warnings_of_disk(said)) == 1, said
+    (warning,) = warnings_of_disk(said)
+    assert len(re.findall(r"\d ?[MG]B\b", warning)) == 3  # what is left, a checkpoint, the result
+    assert said.index(warning) < said.index(" images, ")
+    assert_one_line_of_full_disk(said, "checkpoint-2")
+    assert status == 1
+    assert names_in(tmp_path / "copy" / "output") == []
+    assert warnings_of_disk(whole(script).said) == []  # on a disk with room
+
+
+# Signals --------------------------------------------------------------------------------------------------------------
+
+
+def send_in_loop(process, number, pid=None):
+    """Send a signal to a process, or to `pid`, when an update is done. Returns the update that was shown by then."""
+    assert process.until(process.in_loop)
+    assert process.until(lambda: process.step() >= 1)
+    os.kill(pid or process.popen.pid, number)
+    return process.step()
+
+
+def step_of_stop(said, number):
+    """The update after which a process says that a signal has stopped it, in one line."""
+    pattern = rf"^[\d:]+ WARNING stopped by {signal.Signals(number).name} after step (\d+); .*--resume_from_checkpoint"
+    (step,) = re.findall(pattern, said, re.MULTILINE)
+    return int(step)
+
+
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        (STABLE_DIFFUSION, signal.SIGTERM),
+        (STABLE_DIFFUSION, signal.SIGINT),
+        (STABLE_DIFFUSION, signal.SIGUSR1),
+        (PRIOR, signal.SIGUSR1),
+        (DECODER, signal.SIGTERM),
+        (FLAX, signal.SIGTERM),
+        (FLAX, signal.SIGINT),
+    ],
+)
+def test_a_signal_ends_a_run_with_a_checkpoint(script, number, whole, tmp_path):
+    """Of the next update, which is not one of --checkpointing_steps; no result is saved; the rest has the same bits."""
+    flags = {**whole(script).flags, "checkpointing_steps": 1000, "output_dir": tmp_path / "output"}
+    with Process(script, flags, tmp_path / "stderr", slow=True) as process:
+        shown = send_in_loop(process, number)
+        assert process.wait() == 128 + number, process.said()
+    step = step_of_stop(process.said(), number)
+    assert shown <= step < STEPS
+    assert "Traceback" not in process.said()
+    assert names_in(tmp_path / "output") == [f"checkpoint-{step}"]
+    assert not (tmp_path / "output" / "model_index.json").exists()
+    assert not (tmp_path / "output" / TRAINED[script]).exists()
+    assert_resumes(script, flags, whole(script), tmp_path)
+
+
+@pytest.mark.parametrize("script", [STABLE_DIFFUSION, FLAX])
+def test_a_second_signal_ends_a_run_at_once(script, whole, tmp_path):
+    """It comes while the checkpoint for the first is written, which pauses of 3 s keep from being done soon."""
+    flags = {**whole(script).flags, "checkpointing_steps": 1000, "output_dir": tmp_path / "output"}
+    with Process(script, flags, tmp_path / "stderr", slow=True, FAULTS_PAUSE="3") as process:
+        send_in_loop(process, signal.SIGTERM)
+        process.until(lambda: process.names("partial"))
+        sent = time.monotonic()
+        os.kill(process.popen.pid, signal.SIGTERM)
+        assert process.wait(seconds=20) == 128 + signal.SIGTERM
+        assert time.monotonic() - sent < 2
+    assert check_checkpoints(script, tmp_path / "output") == []
+
+
+def worker_of(launcher, rank):
+    """The process id of one of torchrun's workers, which it tells their rank by the environment."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == launcher and f"RANK={rank}".encode() in (path / "environ").read_bytes().split(b"\0"):
+                return int(path.name)
+        except OSError:  # it has ended meanwhile, or is another user's
+            continue
+    raise AssertionError(f"no worker of rank {rank}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the worker in /proc")
+def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(whole, tmp_path):
+    """Of torchrun, to the one that does not speak."""
+    flags = {**whole(STABLE_DIFFUSION).flags, "checkpointing_steps": 1000, "output_dir": tmp_path / "output"}
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    environment = {"ACCELERATE_USE_CPU": "true"}
+    with Process(STABLE_DIFFUSION, flags, tmp_path / "stderr", True, torchrun, **environment) as process:
+        assert process.until(process.in_loop)
+        send_in_loop(process, signal.SIGTERM, worker_of(process.popen.pid, rank=1))
+        assert process.wait() != 0  # torchrun has a status of its own
+    steps = re.findall(r"WARNING stopped by SIGTERM after step (\d+); ", process.said(), re.MULTILINE)
+    assert len(steps) in (1, 2)
+    assert len(set(steps)) == 1
+    assert names_in(tmp_path / "output") == [f"checkpoint-{steps[0]}"]
+    assert check_checkpoints(STABLE_DIFFUSION, tmp_path / "output") == [int(steps[0])]
+    assert not (tmp_path / "output" / "model_index.json").exists()
+
+
+def test_a_signal_to_one_of_two_processes_in_jax_stops_both_after_the_same_step(whole, tmp_path):
+    flags = {**whole(FLAX).flags, "checkpointing_steps": 1000, "output_dir": tmp_path / "output"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def start(index):
+        places = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+        return Process(FLAX, flags, tmp_path / f"stderr-{index}", slow=True, **places)
+
+    with start(0) as first, start(1) as second:
+        send_in_loop(first, signal.SIGTERM, second.popen.pid)
+        statuses = [process.wait() for process in (first, second)]
+    assert statuses == [128 + signal.SIGTERM] * 2, first.said() + second.said()
+    steps = re.findall(r"WARNING stopped by SIGTERM after step (\d+); ", first.said() + second.said(), re.MULTILINE)
+    assert len(steps) in (1, 2)
+    assert len(set(steps)) == 1
+    assert names_in(tmp_path / "output") == [f"checkpoint-{steps[0]}"]
+    assert importlib.import_module(FLAX).read_checkpoint(tmp_path / "output" / f"checkpoint-{steps[0]}")
+    assert not (tmp_path / "output" / "model_index.json").exists()
