@@ -2200,9 +2200,15 @@ def set_up_logging():
     logger.setLevel(level)
     datasets.utils.logging.set_verbosity(max(level, logging.WARNING))
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax would log every error over pages that it raises as well
-    logging.getLogger("asyncio").setLevel(
-        logging.CRITICAL
-    )  # it would log every failed write but the first, which is raised
+    # Of writes that fail, Orbax raises the first. The others would be told of one by one, as they come to an end.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = tell_unraisable
+
+
+def tell_unraisable(unraisable):
+    """The `sys.unraisablehook` of a run: silent on what reaches Orbax's event loop behind the loop's end."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def find_pipeline(path, revision, args, part="*"):
