@@ -36,6 +36,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import diffusers
@@ -53,6 +54,7 @@ from accelerate.utils import (
     broadcast_object_list,
     gather_object,
 )
+from datasets.arrow_writer import ArrowWriter
 from diffusers import (
     DDPMScheduler,
     KandinskyV22Pipeline,
@@ -124,7 +126,10 @@ def parse_args(input_args=None):
     add(
         "--proportion_empty_prompts", type=float, default=0, help="share of embeddings left out, so that guidance works"
     )
-    add("--dataloader_num_workers", type=int, default=0, help="processes that read images; 0: the main one does")
+    add("--dataloader_num_workers", type=int, help="processes that read images; default: 0, for a GPU up to 8")
+    add(
+        "--cache_encodings", help="folder for what the frozen encoders make of images and captions; made once, and kept"
+    )
     add("--skip_bad_images", action="store_true", help="read all images before training, leave out those that can't be")
     add("--check_data", action="store_true", help="read and describe the whole data set instead of training")
 
@@ -150,6 +155,7 @@ def parse_args(input_args=None):
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate is configured to")
     add("--allow_tf32", action="store_true", help="allow TF32 matrix products on NVIDIA GPUs: faster, coarser")
+    add("--compile", action="store_true", help="compile the trained model: faster steps after minutes of compiling")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xformers")
     add("--local_rank", type=int, default=-1, help="accepted and not needed: the launcher tells each process its rank")
 
@@ -212,8 +218,22 @@ def check_args(parser, args):
         parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the logs' folder")
     if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # an error of the connection would quote it
         parser.error("argument --hub_token: it holds a blank, a line's end or a character outside ASCII")
+    check_cache_flags(parser, args)
     if not args.dataset_name and not args.train_data_dir and getattr(args, "generate", None) is None:
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
+
+
+def check_cache_flags(parser, args):
+    """End with status 2 and one line if --cache_encodings can't be as it is."""
+    if not args.cache_encodings:
+        return
+    if not getattr(args, "center_crop", True):
+        parser.error("argument --cache_encodings: a random crop is another image each time; add --center_crop")
+    folder = Path(args.cache_encodings).resolve()
+    if folder.is_relative_to(Path(args.output_dir).resolve()):
+        parser.error("argument --cache_encodings: must not lie in --output_dir, which is uploaded as a whole")
+    if args.train_data_dir and folder.is_relative_to(Path(args.train_data_dir).resolve()):
+        parser.error("argument --cache_encodings: must not lie in --train_data_dir, among the images")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -541,23 +561,43 @@ def read_image(value):
 
 
 def square_transforms(image, resolution):
-    """Crop the square in the middle of an RGB `PIL.Image`, and resize it. Returns floats (3, side, side) in [-1, 1]."""
+    """Crop the square in the middle of an RGB `PIL.Image`, and resize it. Returns a tensor (3, side, side), uint8."""
     image = transforms.center_crop(image, min(image.size))
     image = transforms.resize(image, resolution, InterpolationMode.BICUBIC)
-    return transforms.to_tensor(image) * 2 - 1
+    return transforms.pil_to_tensor(image)
 
 
 def preprocess_train(args, image_processor, latents_shape, num_train_timesteps, row, rng):
     """Make a training example of a dataset's row, with everything random about it drawn from `rng` in a fixed order.
 
-    latents_shape: (channels, height, width). Returns tensors: "pixel_values" (3, resolution, resolution) in [-1, 1],
-    "clip_pixel_values" as `image_processor` makes them, (3, side, side), "dropped" (), whether to train without the
-    embedding, "timesteps" () and "noise" of latents_shape.
+    Returns tensors: "pixel_values" (3, resolution, resolution), uint8, "clip_pixel_values" as `image_processor` makes
+    them, (3, side, side), and those of `draw_noise`.
     """
     image = read_image(row[args.image_column])
     return {
         "pixel_values": square_transforms(image, args.resolution),
         "clip_pixel_values": image_processor(image, return_tensors="pt").pixel_values[0],
+        **draw_noise(args, latents_shape, num_train_timesteps, rng),
+    }
+
+
+def preprocess_encoded(args, encodings, latents_shape, num_train_timesteps, row, rng):
+    """Make the example that `preprocess_train` makes of the same row and `rng`, of its encodings.
+
+    encodings: {name: `Encoding`}; row: of `EncodedRows`. Returns "latents" and "image_embeds" instead of what the
+    encoders make them of.
+    """
+    example = {name: as_tensor(row[name][0], encoding) for name, encoding in encodings.items()}
+    return {**example, **draw_noise(args, latents_shape, num_train_timesteps, rng)}
+
+
+def draw_noise(args, latents_shape, num_train_timesteps, rng):
+    """Draw what is random about an example.
+
+    latents_shape: (channels, height, width). Returns tensors: "dropped" (), whether to train without the embedding,
+    "timesteps" () and "noise" of latents_shape.
+    """
+    return {
         "dropped": torch.tensor(rng.random() < args.proportion_empty_prompts),
         "timesteps": torch.tensor(rng.integers(num_train_timesteps)),
         "noise": torch.from_numpy(rng.standard_normal(latents_shape, dtype=np.float32)),
@@ -599,6 +639,223 @@ class ExampleStream:
             return {**example, "positions": np.int64(position)}
         except RunError as error:
             raise RunError(f"row {row}: {error}") from error
+
+
+class Encoding(NamedTuple):
+    """What a frozen encoder makes of one version of `source`, an input of `encoder_inputs`: an array."""
+
+    source: str
+    dtype: object
+    shape: tuple
+
+
+ENCODINGS_LAYOUT = 1  # of the files; another number, and those of before are not read
+PART_BYTES = 2**28  # of a file: about what a crash can cost, for each process
+
+
+def encodings_folder(args, settings, weights):
+    """The folder in --cache_encodings for what frozen models of these weights make of rows under these settings.
+
+    settings: what else decides about an encoding, values that JSON can hold; weights: yields (name, array of bytes).
+    """
+    digest = hashlib.sha256(json.dumps([ENCODINGS_LAYOUT, settings], default=str).encode())
+    for name, array in weights:
+        digest.update(name.encode())
+        digest.update(array)
+    return Path(args.cache_encodings) / digest.hexdigest()[:16]
+
+
+def digest_of(*values):
+    """A 64-bit digest (int64) of values that JSON can hold; that two of n are the same has a chance of n² / 2^65."""
+    return np.int64(int.from_bytes(hashlib.sha256(json.dumps(values).encode()).digest()[:8], "big", signed=True))
+
+
+def row_digests(args, dataset):
+    """What tells the rows of a data set apart, and from what they were before a change.
+
+    Of an image that has a file: its path in the data's folder, size and time of change, and the row's captions. Of one
+    inside the data set's own files: the row's number, and the sizes and times of these files. Returns int64 (rows,).
+    """
+    stats = [os.stat(file["filename"]) for file in dataset.cache_files]
+    whole = digest_of(dataset._fingerprint, *([stat.st_size, stat.st_mtime_ns] for stat in stats))
+    digests, first = whole ^ np.arange(len(dataset)), 0
+    folder = os.path.abspath(args.train_data_dir or args.dataset_name) + os.sep
+    for table in dataset.with_format("arrow").iter(10_000):
+        images = table.column(args.image_column)
+        if compute.any(compute.is_null(compute.struct_field(images, "bytes"))).as_py():
+            paths = compute.struct_field(images, "path").to_pylist()
+            captions = [table.column(name).to_pylist() for name in table.column_names if name != args.image_column]
+            for row, (path, *texts) in enumerate(zip(paths, *captions, strict=True), first):
+                stat = os.stat(path) if path and os.path.isfile(path) else None
+                known = stat and [stat.st_size, stat.st_mtime_ns]
+                digests[row] = digest_of(path and path.removeprefix(folder), known, texts)
+        first += len(table)
+    return digests
+
+
+class EncodedRows:
+    """The encodings of a data set's rows, mapped from files: row k is {name: [bytes of each version]}.
+
+    Versions are flips of an image, or captions. Under "empty" each row holds the encodings of no image and no caption.
+
+    folder: of `encodings_folder`; digests: of `row_digests`. `missing` is an array of the rows that are not there, and
+    of len(self) for the empty one.
+    """
+
+    def __init__(self, folder, digests):
+        paths = sorted(folder.glob("part-*.arrow"))
+        with naming(f"--cache_encodings {folder}"):
+            parts = [datasets.Dataset.from_file(str(path)) for path in paths]
+            known = [part.data.column("digest").to_numpy() for part in parts]
+        self.table = datasets.concatenate_datasets(parts).remove_columns("digest") if parts else None
+        digests = np.append(digests, digest_of("empty"))
+        known = np.concatenate([np.empty(0, np.int64), *known])
+        order = np.argsort(known)
+        self.places = np.searchsorted(known, digests, sorter=order)
+        found = self.places < len(known)
+        self.places[found] = order[self.places[found]]
+        found[found] = known[self.places[found]] == digests[found]
+        self.missing = np.flatnonzero(~found)
+        self.empty = self.table[int(self.places[-1])] if found[-1] else None
+
+    def __len__(self):
+        return len(self.places) - 1
+
+    def __getitem__(self, row):
+        return {**self.table[int(self.places[row])], "empty": self.empty}
+
+
+class EncoderInputs:
+    """The `rows` (ints) of a data set as the frozen encoders take them; len(dataset) stands for the empty one.
+
+    inputs: function of a row, or None for the empty one, to {input: array of each version}.
+    """
+
+    def __init__(self, dataset, rows, inputs):
+        self.dataset, self.rows, self.inputs = dataset, rows, inputs
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = int(self.rows[index])
+        try:
+            return row, self.inputs(self.dataset[row] if row < len(self.dataset) else None)
+        except RunError as error:
+            raise RunError(f"row {row}: {error}") from error
+
+
+def write_part(folder, part):
+    """Add a file of encodings to `folder`, whole or not at all. part: {"digest": [...], name: [[bytes, ...], ...]}."""
+    path = folder / f"part-{secrets.token_hex(8)}.arrow"
+    partial = path.with_suffix(".partial")
+    kinds = {name: datasets.List(datasets.Value("binary")) for name in part if name != "digest"}
+    features = datasets.Features({"digest": datasets.Value("int64"), **kinds})
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with ArrowWriter(path=str(partial), features=features) as writer:
+                writer.write_batch(part)
+                writer.finalize()
+            flush_to_disk(partial)
+            partial.rename(path)
+            flush_to_disk(folder)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def encoder_inputs(args, image_processor, row):
+    """What the frozen encoders take of a row; of None: a black image for MoVQ, and zeros for the image encoder.
+
+    Returns tensors: "pixel_values" (1, 3, resolution, resolution), uint8, and "clip_pixel_values" (1, 3, side, side) as
+    `image_processor` makes them.
+    """
+    image = PIL.Image.new("RGB", [args.resolution] * 2) if row is None else read_image(row[args.image_column])
+    clip_pixel_values = image_processor(image, return_tensors="pt").pixel_values
+    return {
+        "pixel_values": square_transforms(image, args.resolution)[None],
+        "clip_pixel_values": torch.zeros_like(clip_pixel_values) if row is None else clip_pixel_values,
+    }
+
+
+def as_tensor(value, encoding):
+    """An encoding's bytes as the tensor that an `Encoding` describes."""
+    return torch.frombuffer(bytearray(value), dtype=encoding.dtype).reshape(encoding.shape)
+
+
+def as_bytes(tensor):
+    """The bytes of a tensor, row by row."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+def join_inputs(examples):
+    """Join [(row, {input: tensor})] to the rows, {input: all versions in one tensor} and {input: [their numbers]}."""
+    rows, inputs = zip(*examples, strict=True)
+    batch = {name: torch.cat([versions[name] for versions in inputs]) for name in inputs[0]}
+    return rows, batch, {name: [len(versions[name]) for versions in inputs] for name in batch}
+
+
+def encoded_rows(accelerator, args, dataset, encodings, settings, models, inputs, encode):
+    """All rows of `dataset` as `EncodedRows` of --cache_encodings. To be called by every process. Raises RunError.
+
+    What is not there is made first, by all processes together, on the device; afterwards the models (frozen encoders)
+    are on the CPU. encodings: {name: `Encoding`}; settings: what else decides about them, values that JSON can hold;
+    inputs: as of `EncoderInputs`; encode: function of a batch of inputs to {name: tensor}.
+    """
+    weights = ((name, value) for model in models for name, value in model.state_dict().items())
+    weights = ((name, value.cpu().flatten().view(torch.uint8).numpy()) for name, value in weights)
+    configs = [model.config if isinstance(model.config, dict) else model.config.to_dict() for model in models]
+    settings = [settings, encodings, [public_config(config) for config in configs]]
+    folder = on_main_process(accelerator, encodings_folder, args, settings, weights)
+    digests = row_digests(args, dataset)
+    missing = on_main_process(accelerator, lambda: EncodedRows(folder, digests).missing)
+    logger.info(f"--cache_encodings: {(missing < len(digests)).sum()} of {len(digests)} rows to be encoded in {folder}")
+    if len(missing):
+        with visiting(accelerator.device, *models):
+            own = missing[accelerator.process_index :: accelerator.num_processes]
+            source = EncoderInputs(dataset, own, inputs)
+            on_every_process(
+                accelerator, folder, encode_rows, accelerator, args, folder, source, digests, encodings, encode
+            )
+    rows = EncodedRows(folder, digests)
+    if len(rows.missing):
+        raise RunError(f"--cache_encodings {folder}: has to be on a disk that all processes see")
+    return rows
+
+
+def encode_rows(accelerator, args, folder, source, digests, encodings, encode):
+    """Write the encodings of this process's rows, an `EncoderInputs`, to `folder`. Raises RunError."""
+    digests = np.append(digests, digest_of("empty"))
+    part, size = {name: [] for name in ("digest", *encodings)}, 0
+    batches = make_dataloader(args, source, accelerator.device, join_inputs)
+    hidden = not accelerator.is_main_process
+    with tqdm(total=len(source), desc="encoding", unit="image", disable=hidden) as progress_bar:
+        for rows, batch, versions in batches:
+            made = encode({name: tensor.to(accelerator.device) for name, tensor in batch.items()})
+            part["digest"] += [digests[row] for row in rows]
+            for name, encoding in encodings.items():
+                pieces = made[name].cpu().split(versions[encoding.source])
+                part[name] += [[as_bytes(version) for version in piece] for piece in pieces]
+                size += made[name].nbytes
+            progress_bar.update(len(rows))
+            if size > PART_BYTES:
+                write_part(folder, part)
+                part, size = {name: [] for name in part}, 0
+    if size:
+        write_part(folder, part)
+
+
+@contextlib.contextmanager
+def visiting(device, *models):
+    """Have the models on the device (torch.device) within the block, and afterwards where they were before."""
+    homes = [next(model.parameters()).device for model in models]
+    try:
+        for model in models:
+            model.to(device)
+        yield
+    finally:
+        for model, home in zip(models, homes, strict=True):
+            model.to(home)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -644,16 +901,28 @@ def weighted_squared_error(prediction, target, weight):
     return weight * squared_error.flatten(1).mean(1)
 
 
-def training_losses(batch, unet, movq, image_encoder, empty_embeds, alphas_cumprod, prediction_type, args):
-    """The losses of a micro-batch from `preprocess_train` (tensors with a batch dimension), of shape (b,).
-
-    empty_embeds: what stands for no embedding, (1, embedding_dim). alphas_cumprod: ᾱ of all timesteps,
-    (num_train_timesteps,). Only the UNet gets a gradient. Pure: all that is random comes with the batch.
-    """
+def encode(batch, movq, image_encoder):
+    """What the frozen encoders make of "pixel_values" and "clip_pixel_values": "latents" (b, channels, height, width)
+    and "image_embeds" (b, embedding_dim)."""
+    white = torch.full((), 255.0, device=movq.device)  # a number would be taken as its inverse, which is not exact
+    pixel_values = batch["pixel_values"].float() / white * 2 - 1
     with torch.no_grad():
-        latents = movq.encode(batch["pixel_values"].to(movq.dtype)).latents.float()
-        image_embeds = image_encoder(batch["clip_pixel_values"].to(image_encoder.dtype)).image_embeds
-        image_embeds = torch.where(batch["dropped"][:, None], empty_embeds, image_embeds)
+        return {
+            "latents": movq.encode(pixel_values.to(movq.dtype)).latents,
+            "image_embeds": image_encoder(batch["clip_pixel_values"].to(image_encoder.dtype)).image_embeds,
+        }
+
+
+def training_losses(batch, unet, movq, image_encoder, empty_embeds, alphas_cumprod, prediction_type, args):
+    """The losses of a micro-batch of examples (tensors with a batch dimension), of shape (b,).
+
+    batch: of `preprocess_train` or `preprocess_encoded`; empty_embeds: what stands for no embedding,
+    (1, embedding_dim); alphas_cumprod: ᾱ of all timesteps, (num_train_timesteps,). Only the UNet gets a gradient. Pure:
+    all that is random comes with the batch.
+    """
+    encodings = batch if "latents" in batch else encode(batch, movq, image_encoder)
+    latents = encodings["latents"].float()
+    image_embeds = torch.where(batch["dropped"][:, None], empty_embeds, encodings["image_embeds"])
 
     timesteps, noise = batch["timesteps"], batch["noise"]
     alphas = alphas_cumprod[timesteps, None, None, None]
@@ -777,7 +1046,7 @@ def check_resume(args, checkpoint, state, name):
 
 def public_config(config):
     """What a model's configuration (dict) says of its architecture, as plain values that JSON can hold."""
-    left_out = {name for name in config if name.startswith("_")} | {"sample_size"}
+    left_out = {name for name in config if name.startswith("_")} | {"sample_size", "transformers_version"}
     return json.loads(json.dumps({name: value for name, value in config.items() if name not in left_out}))
 
 
@@ -903,10 +1172,10 @@ def finish_checkpoint(args, partial, final, state):
 def log_validation(pipeline, prior_pipeline, accelerator, args, seed, step):
     """Draw every validation prompt, each from noise of its own that is the same at every step of the run.
 
-    pipeline: a `KandinskyV22Pipeline` on the training device; prior_pipeline: a `KandinskyV22PriorPipeline`, there only
-    while it draws. To be called by every process. Returns the Path of the grid on the main process, else None.
+    pipeline: a `KandinskyV22Pipeline`, prior_pipeline: a `KandinskyV22PriorPipeline`; what of them is not on the
+    training device is there while they draw. To be called by every process. Returns the Path of the grid on the main
+    process, else None.
     """
-    prior_pipeline.to(accelerator.device)
     for half in (prior_pipeline, pipeline):
         half.set_progress_bar_config(disable=True)
     size = {"height": args.resolution, "width": args.resolution}
@@ -918,9 +1187,9 @@ def log_validation(pipeline, prior_pipeline, accelerator, args, seed, step):
             embeds = {"image_embeds": image_embeds, "negative_image_embeds": negative_image_embeds}
             return pipeline(**embeds, num_inference_steps=20, generator=generator, **size).images[0]
 
-    images = share_out(accelerator, args.validation_prompts, draw)
-    for part in (prior_pipeline.prior, prior_pipeline.text_encoder):  # the image encoder is the one of the training
-        part.to("cpu")
+    parts = (prior_pipeline.prior, prior_pipeline.text_encoder, prior_pipeline.image_encoder, pipeline.movq)
+    with visiting(accelerator.device, *parts):
+        images = share_out(accelerator, args.validation_prompts, draw)
     return save_validation(images, accelerator, args, step) if accelerator.is_main_process else None
 
 
@@ -1386,6 +1655,20 @@ def start_trackers(accelerator, args, seed):
         accelerator.init_trackers(args.tracker_project_name, recorded_arguments(args, seed), TRACKER_SETTINGS)
 
 
+def update_ema(ema, parameters, device, offload):
+    """Take `parameters` into the average, in one pass; an offloaded one visits the device without the CPU waiting."""
+    stored = ema.shadow_params
+    ema.optimization_step += 1
+    ema.cur_decay_value = ema.get_decay(ema.optimization_step)
+    if offload:
+        ema.to(device, non_blocking=True)
+    with torch.no_grad():
+        torch._foreach_lerp_(ema.shadow_params, list(parameters), 1 - ema.cur_decay_value)
+    if offload:
+        torch._foreach_copy_(stored, ema.shadow_params, non_blocking=True)
+        ema.shadow_params = stored
+
+
 def check_model_folder(flag, path, parts):
     """Raise RunError if `path`, the value of `flag`, is a local folder that lacks one of the sub-folders `parts`."""
     folder = Path(path)
@@ -1409,7 +1692,8 @@ def evaluation_weights(model, ema):
         ema.store(local_parameters(model))
         ema.copy_to(local_parameters(model))
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):  # a few pictures are not worth compiling for
+            yield
     finally:
         if ema is not None:
             ema.restore(local_parameters(model))
@@ -1421,8 +1705,11 @@ def place_ema(ema, model, device, offload):
 
     model: as prepared; where it is sharded, the process keeps the same part of the average.
     """
-    pairs = zip(ema.shadow_params, model.parameters(), strict=True)
-    ema.shadow_params = [local_part(average, parameter) for average, parameter in pairs]
+    parameters = zip(ema.shadow_params, model.parameters(), local_parameters(model), strict=True)
+    ema.shadow_params = [
+        torch.empty_like(local, device="cpu", requires_grad=False).copy_(local_part(average, parameter))
+        for average, parameter, local in parameters
+    ]
     if not offload:
         ema.to(device)
     elif device.type == "cuda":
@@ -1479,15 +1766,38 @@ def enable_xformers(unet):
         ) from error
 
 
-def make_dataloader(args, stream, device):
-    """The `DataLoader` of an `ExampleStream`, in its order."""
+def data_workers(args, device):
+    """--dataloader_num_workers. By default 0 where the CPU itself trains, else as many as cores but one, at most 8."""
+    if args.dataloader_num_workers is not None:
+        return args.dataloader_num_workers
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    share = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return 0 if device.type == "cpu" else max(0, min(8, share - 1))
+
+
+def make_dataloader(args, source, device, collate_fn=None):
+    """The `DataLoader` of an `ExampleStream` or `EncoderInputs`, in its order."""
+    workers = data_workers(args, device)
     return torch.utils.data.DataLoader(
-        stream,
+        source,
         batch_size=args.train_batch_size,
-        num_workers=args.dataloader_num_workers,
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        collate_fn=collate_fn,
         worker_init_fn=ignore_stop_signals,
         pin_memory=device.type == "cuda",
     )
+
+
+def to_device(accelerator, model):
+    """Move a model to the device; on GPUs its convolutions' weights in the layout that tensor cores read.
+
+    Not what is to be sharded, which has to be contiguous.
+    """
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if accelerator.device.type == "cuda" and not sharded:
+        model.to(memory_format=torch.channels_last)
+    return model.to(accelerator.device)
 
 
 def make_optimizer(args, parameters, device, scale):
@@ -1517,6 +1827,29 @@ def make_lr_scheduler(args, optimizer, first_step, last_step):
     course = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step}
     with naming(f"--lr_scheduler {args.lr_scheduler}"):
         return get_scheduler(args.lr_scheduler, optimizer, **course, last_epoch=first_step - 1)
+
+
+def prepare_rows(accelerator, args, dataset, image_processor, movq, image_encoder, latents_shape):
+    """What examples are made of: the data set's rows, or what --cache_encodings holds of them, and what makes them.
+
+    Returns a sequence, what `ExampleStream` makes of its rows but for the latents' shape and the number of timesteps,
+    and what stands for no embedding. To be called by every process. Puts the frozen models where they are needed.
+    Raises RunError.
+    """
+    frozen = [model.requires_grad_(False) for model in (movq, image_encoder)]
+    if not args.cache_encodings:
+        for model in frozen:
+            to_device(accelerator, model)
+        return dataset, functools.partial(preprocess_train, args, image_processor), empty_embedding(image_encoder)
+    encodings = {
+        "latents": Encoding("pixel_values", movq.dtype, latents_shape),
+        "image_embeds": Encoding("clip_pixel_values", movq.dtype, (image_encoder.config.projection_dim,)),
+    }
+    inputs = functools.partial(encoder_inputs, args, image_processor)
+    make = functools.partial(encode, movq=movq, image_encoder=image_encoder)
+    rows = encoded_rows(accelerator, args, dataset, encodings, image_processor.to_dict(), frozen, inputs, make)
+    empty_embeds = as_tensor(rows.empty["image_embeds"][0], encodings["image_embeds"])[None].to(accelerator.device)
+    return rows, functools.partial(preprocess_encoded, args, encodings), empty_embeds
 
 
 def check_output_dir(args, models):
@@ -1681,7 +2014,8 @@ def main(args):
 
     # Data: one stream of examples for the whole run, entered where the checkpoint was made.
     dataset = load_train_dataset(args, ["image_column"], seed)
-    dataset = leave_out(dataset, on_main_process(accelerator, check_images, args, dataset))
+    if args.skip_bad_images or not args.cache_encodings:
+        dataset = leave_out(dataset, on_main_process(accelerator, check_images, args, dataset))
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     last_step, end = plan_course(args, batch_size, len(dataset), first_step, examples_seen)
     run = {"seed": seed, "batch_size": batch_size, "rows": len(dataset), "architecture": public_config(unet.config)}
@@ -1689,15 +2023,17 @@ def main(args):
     if checkpoint:
         check_same_course(checkpoint, run)
     latents_shape = (movq.config.latent_channels, *[args.resolution // vae_factor(movq)] * 2)
-    preprocess = functools.partial(preprocess_train, args, image_processor, latents_shape, len(alphas_cumprod))
-    stream = ExampleStream(dataset, preprocess, seed, examples_seen, end)
+    rows, preprocess, empty_embeds = prepare_rows(
+        accelerator, args, dataset, image_processor, movq, image_encoder, latents_shape
+    )
+    preprocess = functools.partial(preprocess, latents_shape, len(alphas_cumprod))
+    stream = ExampleStream(rows, preprocess, seed, examples_seen, end)
     train_dataloader = make_dataloader(args, stream, accelerator.device)
 
     # Optimizer.
-    movq.requires_grad_(False).to(accelerator.device)
-    image_encoder.requires_grad_(False).to(accelerator.device)
-    empty_embeds = empty_embedding(image_encoder)
-    unet.train().to(accelerator.device)
+    to_device(accelerator, unet.train())
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) if args.compile else ():
+        block.compile()  # one by one, which takes less time than the model as a whole
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -1742,7 +2078,7 @@ def main(args):
                 known = {"positions": batch["positions"], "timesteps": batch["timesteps"], "losses": losses.detach()}
                 examples.append(known)
             if ema_unet:
-                ema_unet.step(local_parameters(unet))
+                update_ema(ema_unet, local_parameters(unet), accelerator.device, offload=False)
             log.add(step, examples, gradient_norm, lr_scheduler.get_last_lr()[0], batch_size, waited)
             lr_scheduler.step()
 

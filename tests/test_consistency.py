@@ -29,6 +29,11 @@ OWN = {
     "log_validation",
     "describe_result",
     "main",
+    "encoder_inputs",
+    "encode",
+    "preprocess_encoded",
+    "draw_noise",
+    "prepare_rows",
 }
 # The one function of the objective whose text is not the same in torch and in jnp; all of them are tested against one
 # stored table of values.
@@ -48,11 +53,11 @@ INTENDED_FLAGS = {
 WITHOUT_EFFECT = {"local_rank", "foreach_ema", "from_pt"}
 # Ours beyond upstream's.
 NEW = {"proportion_empty_prompts", "validation_steps", "logging_steps"}
-NEW |= {"check_data", "skip_bad_images", "max_nonfinite_steps"}
+NEW |= {"check_data", "skip_bad_images", "max_nonfinite_steps", "cache_encodings"}
 NEW_FLAGS = {
-    "train_text_to_image.py": NEW,
-    "train_text_to_image_prior.py": NEW | {"gradient_checkpointing"},
-    "train_text_to_image_decoder.py": NEW,
+    "train_text_to_image.py": NEW | {"compile"},
+    "train_text_to_image_prior.py": NEW | {"gradient_checkpointing", "compile"},
+    "train_text_to_image_decoder.py": NEW | {"compile"},
     # What the PyTorch script has and upstream's Flax script lacks, and three flags of its own.
     "train_text_to_image_flax.py": NEW
     | {"non_ema_revision", "image_interpolation_mode", "dataloader_num_workers", "prediction_type", "snr_gamma"}

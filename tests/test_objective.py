@@ -165,7 +165,7 @@ def batch():
         return torch.randn(shape, generator=generator)
 
     return {
-        "pixel_values": torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1,
+        "pixel_values": torch.randint(256, (2, 3, 32, 32), generator=generator, dtype=torch.uint8),
         "input_ids": torch.randint(0, 500, (2, 77), generator=generator),
         "posterior_noise": normal(2, 4, 8, 8),
         "timesteps": torch.tensor([10, 999]),
@@ -184,7 +184,7 @@ def by_hand(models, batch, scheduler):
     """What upstream libraries give for the same batch: latents, text states and the UNet as a function."""
     unet, vae, text_encoder = models
     with torch.no_grad():
-        posterior = vae.encode(batch["pixel_values"]).latent_dist
+        posterior = vae.encode(batch["pixel_values"] / 127.5 - 1).latent_dist
         latents = 0.18215 * (posterior.mean + torch.exp(0.5 * posterior.logvar) * batch["posterior_noise"])
         states = text_encoder(batch["input_ids"])[0]
     return latents, lambda noisy: unet(noisy, batch["timesteps"], states).sample
