@@ -750,12 +750,13 @@ class EncodedRows:
     """
 
     def __init__(self, folder, digests):
-        paths = sorted(folder.glob("part-*.arrow"))
-        with naming(f"--cache_encodings {folder}"):
-            parts = [datasets.Dataset.from_file(str(path)) for path in paths]
-            known = [part.data.column("digest").to_numpy() for part in parts]
+        parts = []
+        for path in sorted(folder.glob("part-*.arrow")):
+            with naming(f"--cache_encodings {path}"):
+                parts.append(datasets.Dataset.from_file(str(path)))
         self.table = datasets.concatenate_datasets(parts).remove_columns("digest") if parts else None
         digests = np.append(digests, digest_of("empty"))
+        known = [part.data.column("digest").to_numpy() for part in parts]
         known = np.concatenate([np.empty(0, np.int64), *known])
         order = np.argsort(known)
         self.places = np.searchsorted(known, digests, sorter=order)
@@ -1644,6 +1645,8 @@ def make_accelerator(args):
     by_launch = "ACCELERATE_MIXED_PRECISION" in os.environ and several_hosts
     if by_launch and "RANK" not in os.environ and accelerator.num_processes == 1:
         raise RunError("accelerate launch: this is one of several processes, but would train alone; add --multi_gpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and accelerator.num_processes == 1:
+        raise RunError("each process would train alone: on CPUs set ACCELERATE_USE_CPU=true for the launcher")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise RunError("--mixed_precision fp16: needs a GPU, a CPU has bf16")
     if args.allow_tf32:

@@ -1,0 +1,315 @@
+"""--cache_encodings: the same training, each encoding made once and never taken for another; and other levers."""
+
+import functools
+import importlib
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import launch, run
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_text_to_image
+from train_text_to_image import RunError, data_workers, update_ema
+
+TRAINED = {"train_text_to_image": "unet", "train_text_to_image_prior": "prior", "train_text_to_image_decoder": "unet"}
+STABLE_DIFFUSION, PRIOR, DECODER = TRAINED
+
+every_script = pytest.mark.parametrize("script", TRAINED)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, pipeline_folder):
+    """The folders of pipelines by the flag that names them, for each script."""
+    prior, decoder = tmp_path_factory.mktemp("prior"), tmp_path_factory.mktemp("decoder")
+    tiny.make_kandinsky_prior(prior)
+    tiny.make_kandinsky_decoder(decoder)
+    of_prior = {"pretrained_prior_model_name_or_path": prior}
+    return {
+        STABLE_DIFFUSION: {"pretrained_model_name_or_path": pipeline_folder},
+        PRIOR: of_prior,
+        DECODER: {**of_prior, "pretrained_decoder_model_name_or_path": decoder},
+    }
+
+
+@pytest.fixture
+def cached(folders, tmp_path):
+    """Function of a script to the flags of a run with the cache, everything random that goes with it switched on."""
+    images = tiny.make_images(tmp_path / "images", caption_lists=True)
+
+    def of_script(script):
+        flags = {**folders[script], "train_data_dir": images, "output_dir": tmp_path / "output", "resolution": 32}
+        flags |= {"train_batch_size": 3, "max_train_steps": 4, "learning_rate": 1e-3, "lr_warmup_steps": 0, "seed": 0}
+        # With AdamW's own epsilon, a rounding error decides the sign of its first updates where the gradient is near 0.
+        flags |= {"adam_epsilon": 1e-6, "use_ema": True, "proportion_empty_prompts": 0.3}
+        if script == STABLE_DIFFUSION:
+            flags |= {"center_crop": True, "random_flip": True, "noise_offset": 0.1}
+        return {**flags, "cache_encodings": tmp_path / "cache"}
+
+    return of_script
+
+
+def difference(script, *outputs):
+    """The largest difference between the trained weights of two runs."""
+    file = "diffusion_pytorch_model.safetensors"
+    one, other = (load_file(Path(output) / TRAINED[script] / file) for output in outputs)
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+def encoded(text):
+    """How many rows a run has said that it encodes, and of how many."""
+    (words,) = [line.split() for line in text.splitlines() if "--cache_encodings:" in line]
+    return int(words[3]), int(words[5])
+
+
+def parts(flags):
+    return sorted(Path(flags["cache_encodings"]).glob("*/part-*.arrow"))
+
+
+@every_script
+def test_weights_are_those_of_a_run_without_the_cache(script, cached, tmp_path, capfd, monkeypatch):
+    """To float32 rounding: the encoders see other batches. A second run does not need them, and gives the same bits."""
+    flags = cached(script)
+    run({**flags, "cache_encodings": None, "output_dir": tmp_path / "without"}, script)
+    capfd.readouterr()
+    run(flags, script)
+    assert encoded(capfd.readouterr().err) == (8, 8)
+    assert difference(script, tmp_path / "without", flags["output_dir"]) < 1e-5
+    assert len(parts(flags)) == 1
+
+    def refused(*_, **__):
+        raise AssertionError("the encoders are not needed")
+
+    monkeypatch.setattr(importlib.import_module(script), "encode", refused)
+    run({**flags, "output_dir": tmp_path / "again", "dataloader_num_workers": 2}, script)
+    assert encoded(capfd.readouterr().err) == (0, 8)
+    assert difference(script, tmp_path / "again", flags["output_dir"]) == 0.0
+
+
+def test_the_cache_is_read_and_not_only_written(cached, tmp_path, capfd):
+    """Other encodings of the same rows, put in by hand, give other weights."""
+    flags = cached(STABLE_DIFFUSION)
+    run(flags)
+    (path,) = parts(flags)
+    part = datasets.Dataset.from_file(str(path)).to_dict()
+    part["moments"] = part["moments"][1:] + part["moments"][:1]  # each row gets the next one's
+    path.unlink()
+    train_text_to_image.write_part(path.parent, part)
+    run({**flags, "output_dir": tmp_path / "other"})
+    assert difference(STABLE_DIFFUSION, tmp_path / "other", flags["output_dir"]) > 1e-4
+
+
+@every_script
+def test_what_has_changed_is_encoded_again_and_only_that(script, cached, tmp_path, capfd):
+    flags = cached(script)
+    run(flags, script)
+    images = Path(flags["train_data_dir"])
+    stat = (images / "3.png").stat()
+    array = np.asarray(Image.open(images / "3.png"))
+    Image.fromarray(255 - array).save(images / "3.png")
+    os.utime(images / "3.png", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+    capfd.readouterr()
+    run({**flags, "output_dir": tmp_path / "image"}, script)
+    assert encoded(capfd.readouterr().err) == (1, 8)
+    lines = (images / "metadata.jsonl").read_text().replace("grey bars", "grey dots", 1)
+    (images / "metadata.jsonl").write_text(lines)
+    run({**flags, "output_dir": tmp_path / "caption"}, script)
+    assert encoded(capfd.readouterr().err) == (0 if script == DECODER else 1, 8)
+    run({**flags, "cache_encodings": None, "output_dir": tmp_path / "without"}, script)
+    assert difference(script, tmp_path / "caption", tmp_path / "without") < 1e-5
+
+
+@pytest.mark.parametrize("change", ["resolution", "image_interpolation_mode", "random_flip", "weights", "tokenizer"])
+def test_what_decides_about_an_encoding_has_a_folder_of_its_own(change, cached, folders, tmp_path, capfd):
+    flags = cached(STABLE_DIFFUSION)
+    run(flags)
+    other = {"resolution": 48, "image_interpolation_mode": "nearest", "random_flip": False}
+    changed = {**flags, "output_dir": tmp_path / "other"}
+    if change in other:
+        changed[change] = other[change]
+    else:
+        pipeline = tiny.make_stable_diffusion(tmp_path / "pipeline")
+        changed["pretrained_model_name_or_path"] = tmp_path / "pipeline"
+        if change == "weights":
+            pipeline.text_encoder.get_parameter("final_layer_norm.bias").data[0] += 1e-3
+        else:
+            pipeline.tokenizer.model_max_length = 76
+        pipeline.save_pretrained(tmp_path / "pipeline")
+    capfd.readouterr()
+    run(changed)
+    assert encoded(capfd.readouterr().err) == (8, 8)
+    assert len({path.parent for path in parts(flags)}) == 2
+
+
+def test_a_crash_while_encoding_loses_no_part_that_was_written(cached, capfd, monkeypatch):
+    flags, write_part, written = cached(STABLE_DIFFUSION), train_text_to_image.write_part, itertools.count()
+
+    def fail_at_the_third(folder, part):
+        if next(written) == 2:
+            raise KeyboardInterrupt
+        write_part(folder, part)
+
+    monkeypatch.setattr(train_text_to_image, "PART_BYTES", 0)
+    monkeypatch.setattr(train_text_to_image, "write_part", fail_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(flags)
+    assert len(parts(flags)) == 2  # of 3 rows each
+    capfd.readouterr()
+    run(flags)
+    assert encoded(capfd.readouterr().err) == (2, 8)
+
+
+def test_resumes_from_the_cache_to_the_same_bits(cached, tmp_path):
+    flags = {**cached(STABLE_DIFFUSION), "max_train_steps": 12, "checkpointing_steps": 5}
+    run(flags)
+    parted = {**flags, "output_dir": tmp_path / "parted"}
+    run({**parted, "max_train_steps": 5})
+    run({**parted, "resume_from_checkpoint": True})
+    assert difference(STABLE_DIFFUSION, tmp_path / "parted", flags["output_dir"]) == 0.0
+
+
+def test_two_processes_fill_it_together(cached, tmp_path):
+    flags = {**cached(STABLE_DIFFUSION), "train_batch_size": 2}
+    run({**flags, "train_batch_size": 4, "cache_encodings": tmp_path / "alone"})
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    both = {**flags, "output_dir": tmp_path / "both"}
+    alone = launch(both, launcher=torchrun)
+    assert "error: each process would train alone: on CPUs set ACCELERATE_USE_CPU=true" in alone.stderr
+    result = launch(both, launcher=torchrun, ACCELERATE_USE_CPU="true")
+    assert result.returncode == 0, result.stderr
+    assert encoded(result.stderr) == (8, 8)
+    rows = [len(datasets.Dataset.from_file(str(path))) for path in parts(flags)]
+    assert sorted(rows) == [4, 5]  # 8 rows and the empty one
+    assert difference(STABLE_DIFFUSION, tmp_path / "both", flags["output_dir"]) < 1e-5
+
+
+def test_a_data_set_that_holds_its_images(cached, tmp_path, capfd):
+    """No image has a file here; another data set under the same name is another one, also if its sizes are the same."""
+    flags = {**cached(STABLE_DIFFUSION), "train_data_dir": None, "dataset_name": tmp_path / "saved"}
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        pixels = rng.integers(256, size=(8, 32, 32, 3), dtype=np.uint8)
+        rows = {"image": [Image.fromarray(image) for image in pixels], "text": ["dots"] * 8}
+        features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+        for again in range(2):
+            capfd.readouterr()
+            run({**flags, "output_dir": tmp_path / f"{number}-{again}"})
+            assert encoded(capfd.readouterr().err) == ((8, 0)[again], 8)
+        run({**flags, "cache_encodings": None, "output_dir": tmp_path / f"{number}-without"})
+        assert difference(STABLE_DIFFUSION, tmp_path / f"{number}-1", tmp_path / f"{number}-without") < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"center_crop": False}, "--cache_encodings: a random crop is another image each time; add --center_crop"),
+        ({"cache_encodings": "output/cache", "output_dir": "output"}, "must not lie in --output_dir"),
+        ({"cache_encodings": "images/cache", "train_data_dir": "images"}, "must not lie in --train_data_dir"),
+    ],
+)
+def test_refused(changes, says, cached, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run({**cached(STABLE_DIFFUSION), **changes})
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_damaged_file_is_named(cached):
+    flags = cached(STABLE_DIFFUSION)
+    run(flags)
+    (path,) = parts(flags)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(RunError, match=path.name):
+        run({**flags, "output_dir": flags["output_dir"] / "other"})
+
+
+def test_a_bad_image_is_named_before_the_training(cached):
+    flags = cached(STABLE_DIFFUSION)
+    (flags["train_data_dir"] / "5.png").write_bytes(b"no image")
+    with pytest.raises(RunError, match=r"row 5: image .*5\.png cannot be read"):
+        run(flags)
+    run({**flags, "skip_bad_images": True})
+
+
+@every_script
+def test_the_encoders_are_on_the_device_only_to_encode_and_to_draw(script, cached, folders, monkeypatch):
+    """With a device that only notes who visits it, the models' own moves are counted."""
+    module, flags = importlib.import_module(script), cached(script)
+    visits, visiting = [], module.visiting
+
+    def noted(device, *models):
+        visits.append([type(model).__name__ for model in models])
+        return visiting(device, *models)
+
+    moved, to_device = [], module.to_device
+    monkeypatch.setattr(module, "visiting", noted)
+    monkeypatch.setattr(
+        module, "to_device", lambda accelerator, model: moved.append(model) or to_device(accelerator, model)
+    )
+    run(flags, script)
+    assert len(visits) == 1  # to encode
+    assert len(moved) == 1  # what is trained
+    run({**flags, "output_dir": flags["output_dir"] / "again"}, script)
+    assert len(visits) == 1
+
+
+def test_the_average_is_diffusers_own():
+    """One pass over all weights gives what `EMAModel.step` does."""
+    torch.manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 7), (3,))]
+    one, other = (EMAModel(parameters, foreach=True) for _ in range(2))
+    for _ in range(20):
+        for parameter in parameters:
+            parameter.data += torch.randn(parameter.shape)
+        update_ema(one, parameters, torch.device("cpu"), offload=False)
+        other.step(parameters)
+    assert one.optimization_step == other.optimization_step == 20
+    for mine, theirs in zip(one.shadow_params, other.shadow_params, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_workers_read_for_a_gpu(monkeypatch):
+    class Arguments:
+        dataloader_num_workers = None
+
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    assert data_workers(Arguments, cpu) == 0
+    assert data_workers(Arguments, gpu) == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert data_workers(Arguments, gpu) == 3
+    Arguments.dataloader_num_workers = 2
+    assert data_workers(Arguments, gpu) == data_workers(Arguments, cpu) == 2
+
+
+# Other levers ---------------------------------------------------------------------------------------------------------
+
+
+def test_pixels_are_exact_on_the_device():
+    """uint8 made floats where the models are gives the bits that NumPy gives."""
+    seen = []
+
+    class Posterior:
+        parameters = None
+
+    class Vae:
+        device, dtype = torch.device("cpu"), torch.float32
+
+        def encode(self, pixel_values):
+            seen.append(pixel_values)
+            return type("Output", (), {"latent_dist": Posterior})
+
+    values = np.arange(256, dtype=np.uint8)
+    text_encoder = functools.partial(lambda _: type("Output", (), {"last_hidden_state": None}))
+    train_text_to_image.encode({"pixel_values": torch.from_numpy(values), "input_ids": None}, Vae(), text_encoder)
+    np.testing.assert_array_equal(seen[0].numpy(), values.astype(np.float32) / 255 * 2 - 1)
