@@ -1596,9 +1596,9 @@ class SignalExchange:
 
     def after_update(self, noted):
         """The number of the signal to stop for, or 0; noted: the list of `noted_signals`. To be called by all."""
-        number = torch.tensor(noted[0] if noted else 0)
         if self.group is None:
-            return int(number)
+            return noted[0] if noted else 0
+        number = torch.tensor(noted[0] if noted else 0)
         if self.asked:
             self.asked[0].wait()
         answer = int(self.asked[1]) if self.asked else 0

@@ -1,6 +1,5 @@
-"""--cache_encodings: the same training, each encoding made once and never taken for another; and other levers."""
+"""--cache_encodings: the same training, with each encoding made once and none taken for another."""
 
-import functools
 import importlib
 import itertools
 import os
@@ -11,14 +10,12 @@ import datasets
 import numpy as np
 import pytest
 import tiny
-import torch
 from conftest import launch, run
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 
 import train_text_to_image
-from train_text_to_image import RunError, data_workers, update_ema
+from train_text_to_image import RunError
 
 TRAINED = {"train_text_to_image": "unet", "train_text_to_image_prior": "prior", "train_text_to_image_decoder": "unet"}
 STABLE_DIFFUSION, PRIOR, DECODER = TRAINED
@@ -260,56 +257,3 @@ def test_the_encoders_are_on_the_device_only_to_encode_and_to_draw(script, cache
     assert len(moved) == 1  # what is trained
     run({**flags, "output_dir": flags["output_dir"] / "again"}, script)
     assert len(visits) == 1
-
-
-def test_the_average_is_diffusers_own():
-    """One pass over all weights gives what `EMAModel.step` does."""
-    torch.manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((5, 7), (3,))]
-    one, other = (EMAModel(parameters, foreach=True) for _ in range(2))
-    for _ in range(20):
-        for parameter in parameters:
-            parameter.data += torch.randn(parameter.shape)
-        update_ema(one, parameters, torch.device("cpu"), offload=False)
-        other.step(parameters)
-    assert one.optimization_step == other.optimization_step == 20
-    for mine, theirs in zip(one.shadow_params, other.shadow_params, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
-
-
-def test_workers_read_for_a_gpu(monkeypatch):
-    class Arguments:
-        dataloader_num_workers = None
-
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
-    assert data_workers(Arguments, cpu) == 0
-    assert data_workers(Arguments, gpu) == 8
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert data_workers(Arguments, gpu) == 3
-    Arguments.dataloader_num_workers = 2
-    assert data_workers(Arguments, gpu) == data_workers(Arguments, cpu) == 2
-
-
-# Other levers ---------------------------------------------------------------------------------------------------------
-
-
-def test_pixels_are_exact_on_the_device():
-    """uint8 made floats where the models are gives the bits that NumPy gives."""
-    seen = []
-
-    class Posterior:
-        parameters = None
-
-    class Vae:
-        device, dtype = torch.device("cpu"), torch.float32
-
-        def encode(self, pixel_values):
-            seen.append(pixel_values)
-            return type("Output", (), {"latent_dist": Posterior})
-
-    values = np.arange(256, dtype=np.uint8)
-    text_encoder = functools.partial(lambda _: type("Output", (), {"last_hidden_state": None}))
-    train_text_to_image.encode({"pixel_values": torch.from_numpy(values), "input_ids": None}, Vae(), text_encoder)
-    np.testing.assert_array_equal(seen[0].numpy(), values.astype(np.float32) / 255 * 2 - 1)
