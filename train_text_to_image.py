@@ -1745,7 +1745,7 @@ def evaluation_weights(model, ema):
 
 
 def place_ema(ema, model, device, offload):
-    """Put the average on the device (torch.device), or into main memory that the device reads fast.
+    """Put the average on the device (torch.device), or leave it in main memory.
 
     model: as prepared; where it is sharded, the process keeps the same part of the average.
     """
@@ -1756,22 +1756,57 @@ def place_ema(ema, model, device, offload):
     ]
     if not offload:
         ema.to(device)
-    elif device.type == "cuda":
-        ema.pin_memory()
 
 
-def update_ema(ema, parameters, device, offload):
-    """Take `parameters` into the average, in one pass; an offloaded one visits the device without the CPU waiting."""
-    stored = ema.shadow_params
+def update_ema(ema, parameters):
+    """Take `parameters` into the average, in one pass."""
     ema.optimization_step += 1
     ema.cur_decay_value = ema.get_decay(ema.optimization_step)
-    if offload:
-        ema.to(device, non_blocking=True)
     with torch.no_grad():
         torch._foreach_lerp_(ema.shadow_params, list(parameters), 1 - ema.cur_decay_value)
-    if offload:
-        torch._foreach_copy_(stored, ema.shadow_params, non_blocking=True)
-        ema.shadow_params = stored
+
+
+class AverageInMainMemory:
+    """Takes weights into an average (EMAModel) that lies in main memory, while the device computes the next update.
+
+    The weights are copied there on a stream of their own. The next step of the `optimizer` waits for that, and a thread
+    takes the copies into the average.
+    """
+
+    def __init__(self, ema, parameters, accelerator, optimizer):
+        self.ema, self.device, self.pending, self.copied = ema, accelerator.device, None, None
+        steps = accelerator.distributed_type != DistributedType.DEEPSPEED  # which has a step of its own, without hooks
+        self.stream = torch.cuda.Stream(self.device) if steps and self.device.type == "cuda" else None
+        pinned = {"device": "cpu", "requires_grad": False, "pin_memory": self.stream is not None}
+        self.copies = [torch.empty_like(parameter, **pinned) for parameter in parameters]
+        self.thread = ThreadPoolExecutor(1)
+        optimizer.optimizer.register_step_pre_hook(lambda *_: self.keep_weights())
+
+    def update(self, parameters):
+        """Start to take in what `parameters` are now."""
+        self.finish()
+        with torch.no_grad(), torch.cuda.stream(self.stream):  # of no stream: on the CPU, or waiting for the device
+            if self.stream:
+                self.stream.wait_stream(torch.cuda.default_stream(self.device))
+            torch._foreach_copy_(self.copies, list(parameters), non_blocking=self.stream is not None)
+        self.copied = self.stream and self.stream.record_event()
+        self.pending = self.thread.submit(self.take_in)
+
+    def take_in(self):
+        """Take the copies into the average, in a thread."""
+        if self.copied:
+            self.copied.synchronize()
+        update_ema(self.ema, self.copies)
+
+    def keep_weights(self):
+        """Let the device change no weights before they are copied."""
+        if self.copied:
+            torch.cuda.default_stream(self.device).wait_event(self.copied)
+
+    def finish(self):
+        """Wait until the average is up to date."""
+        if self.pending:
+            self.pending.result()
 
 
 def check_model_folder(flag, path, parts):
@@ -2071,7 +2106,7 @@ def main(args):
             parts |= {"safety_checker": None, "requires_safety_checker": False}
             drawing = with_retries(StableDiffusionPipeline.from_pretrained, path, **parts, **hub)
     check_architecture(unet, vae, text_encoder, tokenizer, args.resolution)
-    ema_unet = None
+    ema_unet = offloaded = None
     if args.use_ema:
         ema_unet = EMAModel(ema_start.parameters(), foreach=True)
         ema_unet.optimization_step = first_step
@@ -2109,6 +2144,8 @@ def main(args):
     unet, optimizer, train_dataloader = accelerator.prepare(unet, optimizer, train_dataloader)
     if ema_unet:
         place_ema(ema_unet, unet, accelerator.device, args.offload_ema)
+        if args.offload_ema:
+            offloaded = AverageInMainMemory(ema_unet, local_parameters(unet), accelerator, optimizer)
     keep_weights_apart(accelerator)
     if checkpoint:
         load_optimizer(accelerator, optimizer, checkpoint)
@@ -2142,8 +2179,10 @@ def main(args):
                     optimizer.zero_grad()
                 known = {"positions": batch["positions"], "timesteps": batch["timesteps"], "losses": losses.detach()}
                 examples.append(known)
-            if ema_unet:
-                update_ema(ema_unet, local_parameters(unet), accelerator.device, args.offload_ema)
+            if offloaded:
+                offloaded.update(local_parameters(unet))
+            elif ema_unet:
+                update_ema(ema_unet, local_parameters(unet))
             log.add(step, examples, gradient_norm, lr_scheduler.get_last_lr()[0], batch_size, waited)
             lr_scheduler.step()
 
@@ -2154,6 +2193,8 @@ def main(args):
             draw = draw and step < last_step and not stop
             if save or draw or step % args.logging_steps == 0 or step == last_step:
                 log.flush()
+                if offloaded:
+                    offloaded.finish()
                 save = save and log.worth_saving(stop)
             if save:
                 state = {**run, "step": step, "examples_seen": examples_seen}

@@ -1658,18 +1658,12 @@ def start_trackers(accelerator, args, seed):
         accelerator.init_trackers(args.tracker_project_name, recorded_arguments(args, seed), TRACKER_SETTINGS)
 
 
-def update_ema(ema, parameters, device, offload):
-    """Take `parameters` into the average, in one pass; an offloaded one visits the device without the CPU waiting."""
-    stored = ema.shadow_params
+def update_ema(ema, parameters):
+    """Take `parameters` into the average, in one pass."""
     ema.optimization_step += 1
     ema.cur_decay_value = ema.get_decay(ema.optimization_step)
-    if offload:
-        ema.to(device, non_blocking=True)
     with torch.no_grad():
         torch._foreach_lerp_(ema.shadow_params, list(parameters), 1 - ema.cur_decay_value)
-    if offload:
-        torch._foreach_copy_(stored, ema.shadow_params, non_blocking=True)
-        ema.shadow_params = stored
 
 
 def check_model_folder(flag, path, parts):
@@ -1704,7 +1698,7 @@ def evaluation_weights(model, ema):
 
 
 def place_ema(ema, model, device, offload):
-    """Put the average on the device (torch.device), or into main memory that the device reads fast.
+    """Put the average on the device (torch.device), or leave it in main memory.
 
     model: as prepared; where it is sharded, the process keeps the same part of the average.
     """
@@ -1715,8 +1709,6 @@ def place_ema(ema, model, device, offload):
     ]
     if not offload:
         ema.to(device)
-    elif device.type == "cuda":
-        ema.pin_memory()
 
 
 def vae_factor(vae):
@@ -2081,7 +2073,7 @@ def main(args):
                 known = {"positions": batch["positions"], "timesteps": batch["timesteps"], "losses": losses.detach()}
                 examples.append(known)
             if ema_unet:
-                update_ema(ema_unet, local_parameters(unet), accelerator.device, offload=False)
+                update_ema(ema_unet, local_parameters(unet))
             log.add(step, examples, gradient_norm, lr_scheduler.get_last_lr()[0], batch_size, waited)
             lr_scheduler.step()
 

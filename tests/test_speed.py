@@ -24,7 +24,7 @@ def test_the_average_is_diffusers_own():
     for _ in range(20):
         for parameter in parameters:
             parameter.data += torch.randn(parameter.shape)
-        update_ema(one, parameters, torch.device("cpu"), offload=False)
+        update_ema(one, parameters)
         other.step(parameters)
     assert one.optimization_step == other.optimization_step == 20
     for mine, theirs in zip(one.shadow_params, other.shadow_params, strict=True):
