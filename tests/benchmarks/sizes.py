@@ -58,7 +58,7 @@ OWN_CONFIGS = {
             "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
             "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
         },
-        "vae": {**SD_VAE, "block_out_channels": [32, 64, 128, 128], "sample_size": 128},
+        "vae": {**SD_VAE, "block_out_channels": [32, 64, 160, 192], "sample_size": 128},
         "text_encoder": {
             "hidden_size": 128,
             "intermediate_size": 512,
