@@ -36,8 +36,8 @@ LARGEST_FOLDER = 5000  # rows; more are a data set saved by `datasets`
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "jax", "flax")
 
 # What a lever adds to the plain run: flags, variables of the environment. "cached": the encoders do not run in a step,
-# and a first run fills the cache, whose folder stands where {cache} does. A lever whose flag the script does not list in
-# its --help is skipped.
+# and a first run fills the cache, whose folder stands where {cache} does. A lever whose flag is not in the script's
+# --help is skipped.
 WORKERS = ["--dataloader_num_workers", str(min(8, os.cpu_count() or 1))]
 CACHE = ["--cache_encodings", "{cache}"]
 LEVERS = {

@@ -186,17 +186,17 @@ def heading(lines, rows):
     point = ", ".join(f"{POINT_WORDS[name]}: {rows[0][name]:,}" for name in fixed)
     flops = ", ".join(f"{name} {figure(count / 1e9)}" for name, count in costs["flops"].items())
     dtype = "bfloat16" if costs["device_type"] == "cuda" else "float32"
-    words = [
-        f"`{line['script']}`, size `{line['size']}` at {line['resolution']} px, mixed precision {line['mixed_precision']}"
-        + (", with EMA" if line["use_ema"] else "")
-        + (f", `{line['more_flags']}`" if line["more_flags"] else "")
-        + f"; {point}.",
-        f"Device: {costs['device']}; {dtype} matrix products at {figure(costs['matmul_flops_per_second'] / 1e9)} GFLOP/s.",
+    rate, rounds = figure(costs["matmul_flops_per_second"] / 1e9), max(row["rounds"] for row in rows)
+    how = f"`{line['script']}`, size `{line['size']}` at {line['resolution']} px"
+    how += f", mixed precision {line['mixed_precision']}" + ", with EMA" * line["use_ema"]
+    how += f", `{line['more_flags']}`" * bool(line["more_flags"])
+    return [
+        f"{how}; {point}.",
+        f"Device: {costs['device']}; {dtype} matrix products at {rate} GFLOP/s.",
         f"GFLOP per image: {flops} ({costs['trained']}: forward and backward; the others: forward).",
-        f"Medians over {max(row['rounds'] for row in rows)} rounds; ratios pair by pair within a round, with their range.",
+        f"Medians over {rounds} rounds; ratios pair by pair within a round, with their range.",
         f"{line['date'][:10]}, commit {line['commit']}, {versions}.",
     ]
-    return words
 
 
 def table(lines, rows):
