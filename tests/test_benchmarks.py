@@ -10,18 +10,19 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-BENCHMARKS = ROOT / "tests" / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 import benchmark
 import report
 import sizes
 
-# Trains nothing, and logs that update k ended k / RATE seconds after the first: a script whose speed is known. It is as
-# fast again with --fast, or from a cache, which takes 5 s to fill; update k's loss is 1 / k, and with --fast 0.01 more.
+RECIPE = ROOT / "tests" / "benchmarks" / "recipe.py"
+
+# Trains nothing, and logs that update k ended k / 10 seconds after a start 9 s from now: a script whose speed is known.
+# It is as fast again with --fast, or from a cache, which takes 50 s to fill. Update k's loss is 1 / k, with --fast 0.01
+# more.
 STUB = """
 import argparse, pathlib, sys, time
-from tensorboardX import SummaryWriter
 
 parser = argparse.ArgumentParser()
 for name in ("output_dir", "max_train_steps", "cache_encodings", "logging_steps", "train_data_dir", "seed"):
@@ -31,17 +32,22 @@ parser.add_argument("--fail", action="store_true")
 args = parser.parse_args()
 if args.fail:
     sys.exit("error: --fail: told to")
-rate, start = 10, time.time() + 2
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+rate, start = 10, time.time() + 9
 if args.cache_encodings:
     rate *= 2
     if not pathlib.Path(args.cache_encodings).exists():
         pathlib.Path(args.cache_encodings).mkdir()
-        start += 5
+        start += 50
 rate *= 2 if args.fast else 1
-writer = SummaryWriter(args.output_dir + "/logs/project")
+writer = EventFileWriter(args.output_dir + "/logs/project")
 for step in range(1, int(args.max_train_steps) + 1):
-    loss = 1 / step + 0.01 * args.fast
-    writer.add_scalar("train_loss", loss, step, walltime=start + step / rate)
+    summary = Summary(value=[Summary.Value(tag="train_loss", simple_value=1 / step + 0.01 * args.fast)])
+    writer.add_event(Event(wall_time=start + step / rate, step=step, summary=summary))
 writer.close()
 """
 COSTS = {
@@ -136,6 +142,28 @@ def test_a_saved_data_set_of_many_rows(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
+@pytest.mark.parametrize("size", ["kandinsky-prior", "kandinsky-decoder"])
+def test_the_kandinsky_sizes_are_pipelines(size, tmp_path, monkeypatch):
+    """With the real configurations but for widths and depths."""
+    from diffusers import DiffusionPipeline
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    configs = shrunk(sizes.configs_of(size))
+    monkeypatch.setattr(sizes, "configs_of", lambda size: configs)
+    sizes.make_models(size, tmp_path)
+    DiffusionPipeline.from_pretrained(tmp_path / size.removeprefix("kandinsky-"))
+    CLIPVisionModelWithProjection.from_pretrained(tmp_path / "prior", subfolder="image_encoder")
+    CLIPImageProcessor.from_pretrained(tmp_path / "prior", subfolder="image_processor")
+
+
+def shrunk(configs):
+    """`configs` of a Kandinsky size with few and narrow layers."""
+    sides = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sides |= {"projection_dim": 16, "layers_per_block": 1, "block_out_channels": [32] * 4, "attention_head_dim": 8}
+    sides |= {"cross_attention_dim": 16, "encoder_hid_dim": 16, "embedding_dim": 16, "num_layers": 2}
+    return {part: {name: sides.get(name, value) for name, value in own.items()} for part, own in configs.items()}
+
+
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
     """A script of known speed in place of a training script, without models, images and costs. Returns its path."""
@@ -174,13 +202,13 @@ def test_a_report_on_scripts_of_known_speed(stub, tmp_path):
         "plain": pytest.approx([2, 2], rel=0.01),
         "other": pytest.approx([2, 2], rel=0.01),
     }
-    assert rows["cache"]["fill_seconds"] == pytest.approx(5, abs=0.9)
+    assert 40 < rows["cache"]["fill_seconds"] < 60  # the stub's own start takes a second or so, and varies
     assert rows["plain"]["fill_seconds"] is None
-    assert rows["plain"]["first_step_seconds"] == pytest.approx(2.1 + 0.5, abs=1.5)
+    assert 9 < rows["plain"]["first_step_seconds"] < 29
     assert rows["fast"]["loss_difference"] == pytest.approx(0.01, rel=1e-3)
     assert rows["plain"]["share_of_matmul_rate"] == pytest.approx(40 * 5e9 / 1e12, rel=0.01)
     assert rows["cache"]["share_of_matmul_rate"] == pytest.approx(80 * 3e9 / 1e12, rel=0.01)
-    assert 1e6 < rows["plain"]["peak_resident_bytes"] < 1e9
+    assert rows["plain"]["peak_resident_bytes"] > 1e6
 
     folder = tmp_path / "results" / "small-cpu"
     text = (folder / "table.md").read_text()
@@ -210,7 +238,7 @@ def test_a_sweep(stub, tmp_path):
         ("--batch_sizes 1 4 --rows 10 100", "several values for one flag at a time, not for --batch_sizes and --rows"),
         ("--steps 4", "--steps: with this --warmup and --logging_steps at least 11, not 4"),
         (f"--script {ROOT / 'train_text_to_image_flax.py'} --processes 2", "torchrun starts no processes"),
-        (f"--versus {BENCHMARKS / 'recipe.py'} {BENCHMARKS / 'recipe.py'}", "two runs of one name"),
+        (f"--versus {RECIPE} {RECIPE}", "two runs of one name"),
     ],
 )
 def test_bad_input_is_one_line(words, said, capsys):
@@ -227,8 +255,8 @@ def test_a_real_report(tmp_path):
     words = (
         "--size tiny --levers plain workers --rounds 1 --rows 8 --batch_sizes 2 --warmup 1 --logging_steps 2 --steps 5"
     )
-    command = [sys.executable, str(BENCHMARKS / "benchmark.py"), *words.split(), "--use_ema"]
-    command += ["--versus", str(BENCHMARKS / "recipe.py"), "--output", str(tmp_path)]
+    command = [sys.executable, benchmark.__file__, *words.split(), "--use_ema"]
+    command += ["--versus", str(RECIPE), "--output", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     folder = tmp_path / "tiny-cpu"

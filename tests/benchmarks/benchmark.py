@@ -144,9 +144,10 @@ def known_flags(script):
 
 
 def last_line(text):
-    """The last line of an output that says something: a progress bar and blank lines do not."""
-    lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip() and "it/s" not in line]
-    return lines[-1] if lines else "no output"
+    """The line of an output that says why a process ended: the last error in it, or else its last line."""
+    lines = [line.strip() for line in re.split(r"[\r\n]", text) if line.strip()]
+    errors = [line for line in lines if re.match(r"(\[rank\d+\]: )?(error|[\w.]*(Error|Exception)\b).*: ", line)]
+    return (errors or lines or ["no output"])[-1]
 
 
 def model_flags(size, folder):

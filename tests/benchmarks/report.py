@@ -194,7 +194,7 @@ def heading(lines, rows):
         f"{how}; {point}.",
         f"Device: {costs['device']}; {dtype} matrix products at {rate} GFLOP/s.",
         f"GFLOP per image: {flops} ({costs['trained']}: forward and backward; the others: forward).",
-        f"Medians over {rounds} rounds; ratios pair by pair within a round, with their range.",
+        f"Medians over {rounds} round{'s' * (rounds > 1)}; ratios pair by pair within a round, with their range.",
         f"{line['date'][:10]}, commit {line['commit']}, {versions}.",
     ]
 
@@ -264,15 +264,13 @@ def draw_bars(axis, rows, value, dots):
     for place, row in enumerate(rows):
         colour = COLOURS[place % len(COLOURS)]
         axis.barh(place, value(row), color=colour, height=0.62)
-        axis.annotate(
-            figure(value(row)), (value(row), place), (6 if not dots else 10, 0), textcoords="offset points", va="center"
-        )
-        if dots:
-            speeds = row["all_images_per_second"]
-            axis.plot(speeds, [place] * len(speeds), "o", color="black", markersize=3, alpha=0.6)
+        speeds = row["all_images_per_second"] if dots else []
+        axis.plot(speeds, [place] * len(speeds), "o", color="black", markersize=3, alpha=0.6)
+        end = (max([value(row), *speeds]), place)
+        axis.annotate(figure(value(row)), end, (6, 0), textcoords="offset points", va="center")
     axis.set_yticks(range(len(rows)), [row["variant"] for row in rows])
     axis.set_ylim(len(rows) - 0.45, -0.55)
-    axis.set_xlim(0, 1.22 * max(value(row) for row in rows))
+    axis.set_xlim(right=1.15 * axis.get_xlim()[1])
 
 
 def draw_lines(axis, rows, swept, names, value):
@@ -313,8 +311,10 @@ def draw_losses(rows, title, path):
     differences.set(xlabel="update", ylabel="absolute difference to plain")
     differences.set_yscale("symlog", linthresh=1e-7)
     differences.set_ylim(bottom=0)
-    if not differences.lines:
-        differences.text(0.5, 0.5, "no lever beside plain", transform=differences.transAxes, ha="center", color=GREY)
+    if not any(any(line.get_ydata()) for line in differences.lines):
+        differences.set_yticks([0])
+        words = "none, at any update" if differences.lines else "no lever beside plain"
+        differences.text(0.5, 0.5, words, transform=differences.transAxes, ha="center", color=GREY)
     sheet.suptitle(title, fontsize=10)
     sheet.savefig(path)
 
