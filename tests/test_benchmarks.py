@@ -1,11 +1,11 @@
 """The benchmarks: what they compute, on events and scripts whose speed is known, and one real report on tiny models."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -256,10 +256,12 @@ def test_a_real_report(tmp_path):
         "--size tiny --levers plain workers --rounds 1 --rows 8 --batch_sizes 2 --warmup 1 --logging_steps 2 --steps 5"
     )
     command = [sys.executable, benchmark.__file__, *words.split(), "--use_ema"]
-    command += ["--versus", str(RECIPE), "--output", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command += ["--versus", str(RECIPE), "--output", str(tmp_path / "results")]
+    (tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    folder = tmp_path / "tiny-cpu"
+    folder = tmp_path / "results" / "tiny-cpu"
     lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
     assert [line["variant"] for line in lines] == ["plain", "workers", "recipe"]
     assert all(len(line["losses"]) == 5 for line in lines)
@@ -268,4 +270,7 @@ def test_a_real_report(tmp_path):
     assert rows["workers"]["loss_difference"] == 0
     assert set(rows["plain"]["ratios"]) == {"recipe"}
     assert sorted(path.name for path in folder.iterdir()) == ["loss.png", "runs.jsonl", "speed.png", "table.md"]
-    assert not Path(lines[0]["command"].split("--output_dir ")[1].split()[0]).exists()
+    assert lines[0]["command"].startswith(
+        "python train_text_to_image.py --pretrained_model_name_or_path WORK/models-tiny"
+    )
+    assert not list((tmp_path / "temporary").glob("benchmark-*"))  # nothing is left behind

@@ -230,6 +230,12 @@ def launch(command, environment, log):
     return Outcome(process.returncode, started, text, usage.ru_maxrss * 1024, peak_gpu)
 
 
+def public_command(command, variant, work):
+    """A command as one line without the folders of this machine: WORK stands for `work` (Path)."""
+    line = shlex.join(command).replace(sys.executable, "python").replace(str(work), "WORK")
+    return line.replace(f"{variant.script.parent}{os.sep}", "")
+
+
 def train(args, variant, point, steps, folders):
     """One training run. Returns what was measured, a dict, with every update's loss. Raises RunFailed."""
     with tempfile.TemporaryDirectory(dir=folders["work"]) as scratch:
@@ -250,7 +256,7 @@ def train(args, variant, point, steps, folders):
         "peak_gpu_bytes": outcome.peak_gpu_bytes,
         "steps": steps,
         "losses": [[step, loss] for step, _, loss in updates],
-        "command": shlex.join(command),
+        "command": public_command(command, variant, folders["work"]),
     }
 
 
