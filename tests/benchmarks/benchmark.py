@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -457,6 +458,7 @@ def main(args):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training process ends, and its folder goes
     try:
         sys.exit(main(parse_args()))
     except (RunFailed, report.NothingMeasured) as error:

@@ -5,14 +5,15 @@
 
 `sd15`, `sd21`, `kandinsky-prior` and `kandinsky-decoder` are the real architectures, from `model_configs.json`, but for
 the text encoders' vocabulary, which is the tests' tokenizer's; a look-up costs nothing. `small` is for a CPU: Stable
-Diffusion with fewer channels, whose VAE and UNet cost about as much as each other at 128 px, as at real size the frozen
-encoders cost as much as they cost there. The speed of a step does not depend on the values of the weights.
+Diffusion with fewer channels, whose VAE takes about as many FLOPs to encode an image as the UNet takes to learn from
+it, at 128 px. The speed of a step does not depend on the values of the weights.
 """
 
 import argparse
 import io
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -278,6 +279,7 @@ def make_saved_dataset(folder, rows, resolution):
 def main(args):
     """Make `args.folder` whole or not at all: it is written beside its final name."""
     partial = args.folder.with_name(args.folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a start that was interrupted
     if args.what == "models":
         make_models(args.size, partial)
     else:
