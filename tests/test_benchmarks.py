@@ -212,7 +212,7 @@ def test_a_report_on_scripts_of_known_speed(stub, tmp_path):
 
     folder = tmp_path / "results" / "small-cpu"
     text = (folder / "table.md").read_text()
-    assert re.search(r"\| fast \| 80.0 \| 0.0250 \|.* 2.00 \(2.00 to 2.00\)", text)
+    assert re.search(r"\| fast \| 80.0 \| 0.0500 \|.* 2.00 \(2.00 to 2.00\)", text)
     assert "- compile: skipped, stub.py has no --compile" in text
     for name in ("speed.png", "loss.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
