@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-flax test faults lint clean
+.PHONY: demo demo-flax test faults benchmark lint clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python tests/demo.py --output_dir demo-output
@@ -16,6 +16,11 @@ test: $(VENV)/installed-tests
 
 faults: $(VENV)/installed-tests
 	$(VENV)/bin/python tests/faults.py --kills 30
+
+# Against what the mirrored script does, or by hand against its real file: see tests/benchmarks/README.md.
+benchmark: $(VENV)/installed-tests
+	$(VENV)/bin/python tests/benchmarks/benchmark.py --size small --use_ema --levers plain workers cache \
+		--versus tests/benchmarks/recipe.py
 
 lint: $(VENV)/bin/ruff
 	$(VENV)/bin/ruff format --check .

@@ -1,0 +1,276 @@
+"""The benchmarks: what they compute, on events and scripts whose speed is known, and one real report on tiny models."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+
+import benchmark
+import report
+import sizes
+
+RECIPE = ROOT / "tests" / "benchmarks" / "recipe.py"
+
+# Trains nothing, and logs that update k ended k / 10 seconds after a start 9 s from now: a script whose speed is known.
+# It is as fast again with --fast, or from a cache, which takes 50 s to fill. Update k's loss is 1 / k, with --fast 0.01
+# more.
+STUB = """
+import argparse, pathlib, sys, time
+
+parser = argparse.ArgumentParser()
+for name in ("output_dir", "max_train_steps", "cache_encodings", "logging_steps", "train_data_dir", "seed"):
+    parser.add_argument("--" + name)
+parser.add_argument("--fast", action="store_true")
+parser.add_argument("--fail", action="store_true")
+args = parser.parse_args()
+if args.fail:
+    sys.exit("error: --fail: told to")
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+rate, start = 10, time.time() + 9
+if args.cache_encodings:
+    rate *= 2
+    if not pathlib.Path(args.cache_encodings).exists():
+        pathlib.Path(args.cache_encodings).mkdir()
+        start += 50
+rate *= 2 if args.fast else 1
+writer = EventFileWriter(args.output_dir + "/logs/project")
+for step in range(1, int(args.max_train_steps) + 1):
+    summary = Summary(value=[Summary.Value(tag="train_loss", simple_value=1 / step + 0.01 * args.fast)])
+    writer.add_event(Event(wall_time=start + step / rate, step=step, summary=summary))
+writer.close()
+"""
+COSTS = {
+    "flops": {"unet": 3e9, "vae": 2e9},
+    "trained": "unet",
+    "matmul_flops_per_second": 1e12,
+    "device": "a stub",
+    "device_type": "cpu",
+    "threads": 1,
+}
+
+
+def test_a_stretch_begins_behind_the_warm_up_and_lies_between_waits(tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    # Updates 1 to 3 are slow; from then on one takes 0.5 s, but windows of 5 are handed over at once behind a wait.
+    clocks = [10, 20, 30, 30, 30, 32.5, 32.5, 32.5, 32.5, 32.5, 35, 35, 35, 35, 35, 37.5]
+    for folder, others in (("project", False), ("project/hyperparameters", True)):
+        with SummaryWriter(tmp_path / folder) as writer:
+            for step, clock in enumerate(clocks, 1):
+                name = "lr" if others else "train_loss"
+                writer.add_scalar(name, 1 / step, step, walltime=clock)
+    updates = report.read_updates(tmp_path)
+    assert [(step, clock) for step, clock, _ in updates] == list(enumerate(clocks, 1))
+    assert updates[3][2] == pytest.approx(0.25)
+    marks = report.marks(updates, warmup=3, window=5)
+    assert marks == [(6, 32.5), (11, 35.0), (16, 37.5)]
+    speed = report.speed(marks, batch_size=4)
+    assert speed == {
+        "images_per_second": 8.0,
+        "step_seconds": 0.5,
+        "measured_steps": 10,
+        "measured_seconds": 5.0,
+    }
+    assert report.marks(updates, warmup=15)[0] == (15, 35.0)  # a script that waits in every update: from the end of it
+
+
+def test_the_planned_run_is_long_enough():
+    args = benchmark.parse_args(["--seconds", "10", "--warmup", "4", "--logging_steps", "5"])
+    steps = benchmark.planned_steps(args, {"step_seconds": 0.3})
+    updates = [(step, 0.3 * step, 0.0) for step in range(1, steps + 1)]
+    for window in (1, 5):
+        assert report.speed(report.marks(updates, 4, window), 1)["measured_seconds"] >= 10
+    assert benchmark.planned_steps(args, {"step_seconds": 100}) == 16  # two windows at least
+
+
+def test_ratios_are_of_one_round():
+    fast, slow = {0: 20.0, 1: 30.0, 3: 50.0}, {0: 10.0, 1: 20.0, 2: 1.0}
+    assert report.pair_ratios(fast, slow) == [2.0, 1.5]
+    assert report.ratio_words([2.0, 1.5]) == "1.75 (1.50 to 2.00)"
+
+
+def test_loss_differences_are_of_one_step():
+    assert report.loss_difference([[1, 0.5], [2, 0.25], [4, 9.0]], [[1, 0.5], [2, 0.5], [3, 7.0]]) == 0.25
+    assert report.loss_difference([[1, 0.5]], [[2, 0.5]]) is None
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [
+        ("sd15", {"unet": 2407, "vae": 1117, "text_encoder": 13}),
+        ("kandinsky-prior", {"prior": 493, "encoders": 1066}),
+        ("kandinsky-decoder", {"unet": 5977, "movq": 2499, "image_encoder": 968}),
+    ],
+)
+def test_flops_of_the_real_sizes(size, expected):
+    """Against independent counts in units of 1e9: 2 %, for the figure of 13 is rounded to whole units (13.3)."""
+    import costs
+
+    counts, trained = costs.count_flops(size)
+    counts["encoders"] = sum(count for name, count in counts.items() if name != trained)
+    assert {name: counts[name] / 1e9 for name in expected} == pytest.approx(expected, rel=0.025)
+
+
+def test_the_small_size_costs_as_much_to_encode_as_to_train():
+    import costs
+
+    counts, trained = costs.count_flops("small")
+    assert trained == "unet"
+    assert counts["vae"] == pytest.approx(counts["unet"], rel=0.2)
+    assert counts["text_encoder"] < 0.05 * counts["unet"]
+
+
+def test_a_saved_data_set_of_many_rows(tmp_path):
+    import datasets
+
+    sizes.main(sizes.parse_args(f"images --folder {tmp_path / 'saved'} --resolution 16 --rows 2500 --saved".split()))
+    dataset = datasets.load_from_disk(str(tmp_path / "saved"))
+    assert dataset.num_rows == 2500
+    assert dataset[2499]["text"] == dataset[499]["text"]
+    assert min(dataset[2499]["image"].size) >= 16
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+@pytest.mark.parametrize("size", ["kandinsky-prior", "kandinsky-decoder"])
+def test_the_kandinsky_sizes_are_pipelines(size, tmp_path, monkeypatch):
+    """With the real configurations but for widths and depths."""
+    from diffusers import DiffusionPipeline
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    configs = shrunk(sizes.configs_of(size))
+    monkeypatch.setattr(sizes, "configs_of", lambda size: configs)
+    sizes.make_models(size, tmp_path)
+    DiffusionPipeline.from_pretrained(tmp_path / size.removeprefix("kandinsky-"))
+    CLIPVisionModelWithProjection.from_pretrained(tmp_path / "prior", subfolder="image_encoder")
+    CLIPImageProcessor.from_pretrained(tmp_path / "prior", subfolder="image_processor")
+
+
+def shrunk(configs):
+    """`configs` of a Kandinsky size with few and narrow layers."""
+    sides = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sides |= {"projection_dim": 16, "layers_per_block": 1, "block_out_channels": [32] * 4, "attention_head_dim": 8}
+    sides |= {"cross_attention_dim": 16, "encoder_hid_dim": 16, "embedding_dim": 16, "num_layers": 2}
+    return {part: {name: sides.get(name, value) for name, value in own.items()} for part, own in configs.items()}
+
+
+@pytest.fixture
+def stub(tmp_path, monkeypatch):
+    """A script of known speed in place of a training script, without models, images and costs. Returns its path."""
+    path = tmp_path / "stub.py"
+    path.write_text(textwrap.dedent(STUB))
+    (tmp_path / "other.py").write_text(textwrap.dedent(STUB))
+    monkeypatch.setattr(benchmark, "helper", lambda name, *words: json.dumps(COSTS))
+    monkeypatch.setitem(benchmark.LEVERS, "fast", {"flags": ["--fast"]})
+    monkeypatch.setitem(benchmark.LEVERS, "fail", {"flags": ["--fail"]})
+    return path
+
+
+def make_report(words):
+    """Make a report by the command line `words`. Returns the exit status and the lines of its runs.jsonl."""
+    args = benchmark.parse_args(words)
+    status = benchmark.main(args)
+    (path,) = args.output.glob("*/runs.jsonl")
+    return status, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_report_on_scripts_of_known_speed(stub, tmp_path):
+    words = f"--script {stub} --levers plain fast cache compile fail --versus {tmp_path / 'other.py'}"
+    words += f" --output {tmp_path / 'results'} --rounds 2 --steps 11"
+    status, lines = make_report(words.split())
+    assert status == 1  # a lever failed
+    assert [line["variant"] for line in lines if line["purpose"] == "skipped"] == ["compile"]
+    assert [line["failed"] for line in lines if "failed" in line] == ["fail: exit status 1: error: --fail: told to"]
+    order = [line["variant"] for line in lines if line["purpose"] == "measure"]
+    assert order == ["plain", "fast", "cache", "fail", "other", "fast", "cache", "other", "plain"]
+
+    rows = {row["variant"]: row for row in report.summarise(lines)}
+    assert {name: row["images_per_second"] for name, row in rows.items()} == pytest.approx(
+        {"plain": 40, "fast": 80, "cache": 80, "other": 40}, rel=0.01
+    )
+    assert rows["fast"]["ratios"] == {
+        "plain": pytest.approx([2, 2], rel=0.01),
+        "other": pytest.approx([2, 2], rel=0.01),
+    }
+    assert 40 < rows["cache"]["fill_seconds"] < 60  # the stub's own start takes a second or so, and varies
+    assert rows["plain"]["fill_seconds"] is None
+    assert 9 < rows["plain"]["first_step_seconds"] < 29
+    assert rows["fast"]["loss_difference"] == pytest.approx(0.01, rel=1e-3)
+    assert rows["plain"]["share_of_matmul_rate"] == pytest.approx(40 * 5e9 / 1e12, rel=0.01)
+    assert rows["cache"]["share_of_matmul_rate"] == pytest.approx(80 * 3e9 / 1e12, rel=0.01)
+    assert rows["plain"]["peak_resident_bytes"] > 1e6
+
+    folder = tmp_path / "results" / "small-cpu"
+    text = (folder / "table.md").read_text()
+    assert re.search(r"\| fast \| 80.0 \| 0.0500 \|.* 2.00 \(2.00 to 2.00\)", text)
+    assert "- compile: skipped, stub.py has no --compile" in text
+    for name in ("speed.png", "loss.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep(stub, tmp_path):
+    words = f"--script {stub} --output {tmp_path / 'results'} --rounds 1 --steps 11 --batch_sizes 1 4 16"
+    status, lines = make_report(words.split())
+    assert status == 0
+    rows = report.summarise(lines)
+    assert [row["batch_size"] for row in rows] == [1, 4, 16]
+    assert [row["images_per_second"] for row in rows] == pytest.approx([10, 40, 160], rel=0.01)
+    assert (tmp_path / "results" / "small-cpu-batch_sizes" / "speed.png").exists()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--levers cache", "'plain' has to be among them"),
+        ("--versus no-such.py", "no-such.py: there is no such script"),
+        ("--rounds 0", "--rounds: must be larger than 0, not 0"),
+        ("--rows 0", "--rows: must be larger than 0, not 0"),
+        ("--batch_sizes 1 4 --rows 10 100", "several values for one flag at a time, not for --batch_sizes and --rows"),
+        ("--steps 4", "--steps: with this --warmup and --logging_steps at least 11, not 4"),
+        (f"--script {ROOT / 'train_text_to_image_flax.py'} --processes 2", "torchrun starts no processes"),
+        (f"--versus {RECIPE} {RECIPE}", "two runs of one name"),
+    ],
+)
+def test_bad_input_is_one_line(words, said, capsys):
+    with pytest.raises(SystemExit) as end:
+        benchmark.parse_args(words.split())
+    assert end.value.code == 2
+    *usage, line = capsys.readouterr().err.strip().splitlines()
+    assert said in line
+    assert all(line.startswith("usage:") for line in usage)
+
+
+@pytest.mark.timeout(300)
+def test_a_real_report(tmp_path):
+    words = (
+        "--size tiny --levers plain workers --rounds 1 --rows 8 --batch_sizes 2 --warmup 1 --logging_steps 2 --steps 5"
+    )
+    command = [sys.executable, benchmark.__file__, *words.split(), "--use_ema"]
+    command += ["--versus", str(RECIPE), "--output", str(tmp_path / "results")]
+    (tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = tmp_path / "results" / "tiny-cpu"
+    lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    assert [line["variant"] for line in lines] == ["plain", "workers", "recipe"]
+    assert all(len(line["losses"]) == 5 for line in lines)
+    assert all(1 < line["first_step_seconds"] < 200 for line in lines)
+    rows = {row["variant"]: row for row in report.summarise(lines)}
+    assert rows["workers"]["loss_difference"] == 0
+    assert set(rows["plain"]["ratios"]) == {"recipe"}
+    assert sorted(path.name for path in folder.iterdir()) == ["loss.png", "runs.jsonl", "speed.png", "table.md"]
+    assert lines[0]["command"].startswith(
+        "python train_text_to_image.py --pretrained_model_name_or_path WORK/models-tiny"
+    )
+    assert not list((tmp_path / "temporary").glob("benchmark-*"))  # nothing is left behind
