@@ -2501,7 +2501,7 @@ class SignalAgreement:
         number = noted[0] if noted else 0
         if jax.process_count() == 1:
             return number
-        answer = 0 if self.asked is None else int(self.asked)
+        answer = 0 if self.asked is None else int(jax.device_get(self.asked))
         numbers = np.full(self.devices, number, np.int32)
         self.asked = self.largest(jax.make_array_from_process_local_data(self.sharding, numbers))
         return answer
@@ -2612,6 +2612,11 @@ def place(array, mesh, spec):
 def on_devices(weights, mesh, dtype):
     """Put a tree of NumPy arrays, whole and as `dtype`, on every device of the mesh."""
     return jax.tree.map(lambda array: place(array.astype(dtype), mesh, PartitionSpec()), weights)
+
+
+def known_to_all(value, mesh):
+    """Put a small value that every process knows on every device of the mesh, without waiting for them."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec()), np.asarray(value))
 
 
 @functools.cache  # so that it is compiled once
@@ -3183,7 +3188,7 @@ def main(args):
     trackers, writer = Trackers(args, seed), CheckpointWriter(args)
 
     # What runs on the devices, each compiled once.
-    key = random_generator(seed, 4).integers(2**32, size=2, dtype=np.uint32)
+    key = known_to_all(random_generator(seed, 4).integers(2**32, size=2, dtype=np.uint32), mesh)
 
     def loss(params, frozen, batch, key):
         noise = draw_noise(
@@ -3217,7 +3222,7 @@ def main(args):
                 batches = [next(micro_batches) for _ in range(args.gradient_accumulation_steps)]
                 waited = time.perf_counter() - wait_started
                 batches = join_micro_batches(batches, mesh)
-                train_state, metrics = update(train_state, frozen, batches, key, np.int32(step))
+                train_state, metrics = update(train_state, frozen, batches, key, known_to_all(np.int32(step), mesh))
                 log.add(step, metrics, batch_size, waited)
 
                 examples_seen += batch_size

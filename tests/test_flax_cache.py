@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from conftest import command_line
 from safetensors.numpy import load_file, save_file
 from test_flax_training import WEIGHTS, after_step, launch_two, run_code, same_tensors, train
@@ -233,6 +234,28 @@ def test_pixels_are_those_of_numpy_to_the_bit():
     models = {"vae": SimpleNamespace(module=lambda weights: SimpleNamespace(encode=lambda pixels: pixels))}
     made = jax.jit(lambda batch: script.encode(batch, {"vae": {}}, models, jnp.float32))({"pixel_values": pixels})
     np.testing.assert_array_equal(made["moments"], pixels.astype(np.float32) / 255 * 2 - 1)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_an_update_writes_over_the_last_state_and_nothing_travels_unasked(flags, tmp_path, cached, monkeypatch):
+    """An implicit transfer between host and devices would raise, as far as JAX sees one on a CPU."""
+    make_train_state, first = script.make_train_state, []
+
+    def recorded(*arguments):
+        made = make_train_state(*arguments)
+        first.append(made[0])
+        return made
+
+    monkeypatch.setattr(script, "make_train_state", recorded)
+    after_step(monkeypatch, lambda step: jax.config.update("jax_transfer_guard", "disallow" if step < 4 else "allow"))
+    changes = {"logging_steps": 2, "train_data_dir": tiny.make_images(tmp_path / "few", number=3)}
+    try:
+        train({**flags, **changes, "cache_encodings": flags["cache_encodings"] if cached else None})
+    finally:
+        jax.config.update("jax_transfer_guard", "allow")
+    leaves = jax.tree.leaves(first)
+    assert len(leaves) > 300
+    assert all(leaf.is_deleted() for leaf in leaves)
 
 
 @pytest.mark.parametrize("cached", [False, True])
