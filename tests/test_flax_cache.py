@@ -1,4 +1,4 @@
-"""--cache_encodings in JAX and what travels to the devices in an update."""
+"""--cache_encodings in JAX, what travels to the devices in an update, and what computes the attention on a GPU."""
 
 import json
 import logging
@@ -267,6 +267,28 @@ def test_threads_read_what_one_thread_reads(flags, cached, monkeypatch):
     assert 1 <= script.reading_threads("gpu") <= 16
     monkeypatch.setattr(script, "reading_threads", lambda backend: 8)
     assert_same_batches(batches_read(flags), expected)
+
+
+# Attention ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_size", "kernel"),
+    [
+        ({"platform": "gpu", "compute_capability": "9.0"}, jnp.bfloat16, 40, "cudnn"),
+        ({"platform": "gpu", "compute_capability": "8.0"}, jnp.float16, 128, "cudnn"),
+        ({"platform": "gpu", "compute_capability": "10.0"}, jnp.bfloat16, 64, "cudnn"),
+        ({"platform": "gpu", "compute_capability": "9.0"}, jnp.float32, 64, None),
+        ({"platform": "gpu", "compute_capability": "9.0"}, jnp.bfloat16, 160, None),
+        ({"platform": "gpu", "compute_capability": "9.0"}, jnp.bfloat16, 36, None),
+        ({"platform": "gpu", "compute_capability": "7.5"}, jnp.float16, 64, None),
+        ({"platform": "gpu", "compute_capability": "gfx942"}, jnp.bfloat16, 64, None),
+        ({"platform": "tpu"}, jnp.bfloat16, 64, None),
+        ({"platform": "cpu"}, jnp.bfloat16, 64, None),
+    ],
+)
+def test_attention_by_cudnn_where_it_can(device, dtype, head_size, kernel):
+    assert script.attention_kernel(SimpleNamespace(**device), np.dtype(dtype), head_size) == kernel
 
 
 SEVERAL = """
