@@ -30,6 +30,7 @@ import math
 import multiprocessing
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -56,6 +57,7 @@ import PIL.Image
 import PIL.ImageOps
 from absl import flags as absl_flags
 from absl import logging as absl_logging
+from datasets.arrow_writer import ArrowWriter
 from flax import nnx
 from huggingface_hub import HfApi, ModelCardData, get_session, snapshot_download
 from huggingface_hub.errors import (
@@ -120,7 +122,10 @@ def parse_args(input_args=None):
     add("--random_flip", action="store_true", help="mirror half of the images, at random")
     add("--image_interpolation_mode", default="lanczos", choices=choices_of_interpolation, help="filter for resizing")
     add("--proportion_empty_prompts", type=float, default=0, help="share of captions left out, so that guidance works")
-    add("--dataloader_num_workers", type=int, default=0, help="processes that read images; 0: the main one does")
+    add("--dataloader_num_workers", type=int, help="processes that read images; default: 0, there are threads for it")
+    add(
+        "--cache_encodings", help="folder for what the frozen encoders make of images and captions; made once, and kept"
+    )
     add("--skip_bad_images", action="store_true", help="read all images before training, leave out those that can't be")
     add("--check_data", action="store_true", help="read and describe the whole data set instead of training")
 
@@ -214,8 +219,22 @@ def check_args(parser, args):
         parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the logs' folder")
     if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # an error of the connection would quote it
         parser.error("argument --hub_token: it holds a blank, a line's end or a character outside ASCII")
+    check_cache_flags(parser, args)
     if not args.dataset_name and not args.train_data_dir and getattr(args, "generate", None) is None:
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
+
+
+def check_cache_flags(parser, args):
+    """End with status 2 and one line if --cache_encodings can't be as it is."""
+    if not args.cache_encodings:
+        return
+    if not getattr(args, "center_crop", True):
+        parser.error("argument --cache_encodings: a random crop is another image each time; add --center_crop")
+    folder = Path(args.cache_encodings).resolve()
+    if folder.is_relative_to(Path(args.output_dir).resolve()):
+        parser.error("argument --cache_encodings: must not lie in --output_dir, which is uploaded as a whole")
+    if args.train_data_dir and folder.is_relative_to(Path(args.train_data_dir).resolve()):
+        parser.error("argument --cache_encodings: must not lie in --train_data_dir, among the images")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -546,7 +565,7 @@ def train_transforms(image, resolution, interpolation, center_crop, random_flip,
     """Resize the shorter side, crop a square, maybe mirror it.
 
     image: RGB `PIL.Image`; interpolation: a name of `--image_interpolation_mode`; rng: `np.random.Generator`.
-    Returns a float32 array (resolution, resolution, 3) in [-1, 1].
+    Returns an array (resolution, resolution, 3), uint8.
     """
     resampling = PIL.Image.Resampling[interpolation.removesuffix("_exact").upper()]
     image = image.resize([int(resolution * side / min(image.size)) for side in image.size], resampling)
@@ -559,7 +578,7 @@ def train_transforms(image, resolution, interpolation, center_crop, random_flip,
     image = image.crop((left, top, left + resolution, top + resolution))
     if random_flip and flip < 0.5:
         image = PIL.ImageOps.mirror(image)
-    return np.asarray(image, np.float32) / 255 * 2 - 1
+    return np.array(image)
 
 
 def choose_caption(captions, proportion_empty_prompts, rng):
@@ -579,13 +598,29 @@ def tokenize_captions(captions, tokenizer):
 def preprocess_train(args, tokenizer, row, rng):
     """Make a training example of a dataset's row; its crop, flip and caption are drawn from `rng` in a fixed order.
 
-    Returns arrays: "pixel_values" (resolution, resolution, 3) in [-1, 1] and "input_ids" (77,). The rest of what is
-    random about an example is drawn on the device, by `draw_noise`.
+    Returns arrays: "pixel_values" (resolution, resolution, 3), uint8, and "input_ids" (77,). The rest of what is random
+    about an example is drawn on the device, by `draw_noise`.
     """
     crop = (args.resolution, args.image_interpolation_mode, args.center_crop, args.random_flip)
     pixel_values = train_transforms(read_image(row[args.image_column]), *crop, rng)
     caption = choose_caption(row[args.caption_column], args.proportion_empty_prompts, rng)
     return {"pixel_values": pixel_values, "input_ids": tokenize_captions([caption], tokenizer)["input_ids"][0]}
+
+
+def preprocess_encoded(args, encodings, row, rng):
+    """Make the example that `preprocess_train` makes of the same row and `rng`, of its encodings.
+
+    encodings: {name: `Encoding`}; row: of `EncodedRows`. Returns arrays: "moments" and "text_states", as of `encode`,
+    instead of what the encoders make them of.
+    """
+    *_, flip = rng.random(3)
+    states = choose_caption(row["text_states"], args.proportion_empty_prompts, rng)
+    chosen = {"moments": row["moments"][int(args.random_flip and flip < 0.5)]}
+    chosen["text_states"] = row["empty"]["text_states"][0] if states == "" else states
+    return {
+        name: np.frombuffer(value, encodings[name].dtype).reshape(encodings[name].shape)
+        for name, value in chosen.items()
+    }
 
 
 def random_generator(seed, *key):
@@ -625,6 +660,251 @@ class ExampleStream:
             raise RunError(f"row {row}: {error}") from error
 
 
+class Encoding(NamedTuple):
+    """What a frozen encoder makes of one version of `source`, an input of `encoder_inputs`: an array."""
+
+    source: str
+    dtype: object
+    shape: tuple
+
+
+ENCODINGS_LAYOUT = 1  # of the files; another number, and those of before are not read
+PART_BYTES = 2**28  # of a file: about what a crash can cost, for each process
+
+
+def encodings_folder(args, settings, weights):
+    """The folder in --cache_encodings for what frozen models of these weights make of rows under these settings.
+
+    settings: what else decides about an encoding, values that JSON can hold; weights: yields (name, array of bytes).
+    """
+    digest = hashlib.sha256(json.dumps([ENCODINGS_LAYOUT, settings], default=str).encode())
+    for name, array in weights:
+        digest.update(name.encode())
+        digest.update(array)
+    return Path(args.cache_encodings) / digest.hexdigest()[:16]
+
+
+def tokenizer_rules(tokenizer):
+    """What decides about the tokens of a text, as values that JSON can hold."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    return [tokenizer.model_max_length, {name: rules[name] for name in rules if name not in ("truncation", "padding")}]
+
+
+def digest_of(*values):
+    """A 64-bit digest (int64) of values that JSON can hold; that two of n are the same has a chance of n² / 2^65."""
+    return np.int64(int.from_bytes(hashlib.sha256(json.dumps(values).encode()).digest()[:8], "big", signed=True))
+
+
+def row_digests(args, dataset):
+    """What tells the rows of a data set apart, and from what they were before a change.
+
+    Of an image that has a file: its path in the data's folder, size and time of change, and the row's captions. Of one
+    inside the data set's own files: the row's number, and the sizes and times of these files. Returns int64 (rows,).
+    """
+    stats = [os.stat(file["filename"]) for file in dataset.cache_files]
+    whole = digest_of(dataset._fingerprint, *([stat.st_size, stat.st_mtime_ns] for stat in stats))
+    digests, first = whole ^ np.arange(len(dataset)), 0
+    folder = os.path.abspath(args.train_data_dir or args.dataset_name) + os.sep
+    for table in dataset.with_format("arrow").iter(10_000):
+        images = table.column(args.image_column)
+        if compute.any(compute.is_null(compute.struct_field(images, "bytes"))).as_py():
+            paths = compute.struct_field(images, "path").to_pylist()
+            captions = [table.column(name).to_pylist() for name in table.column_names if name != args.image_column]
+            for row, (path, *texts) in enumerate(zip(paths, *captions, strict=True), first):
+                stat = os.stat(path) if path and os.path.isfile(path) else None
+                known = stat and [stat.st_size, stat.st_mtime_ns]
+                digests[row] = digest_of(path and path.removeprefix(folder), known, texts)
+        first += len(table)
+    return digests
+
+
+class EncodedRows:
+    """The encodings of a data set's rows, mapped from files: row k is {name: [bytes of each version]}.
+
+    Versions are flips of an image, or captions. Under "empty" each row holds the encodings of no image and no caption.
+
+    folder: of `encodings_folder`; digests: of `row_digests`. `missing` is an array of the rows that are not there, and
+    of len(self) for the empty one.
+    """
+
+    def __init__(self, folder, digests):
+        paths = sorted(folder.glob("part-*.arrow"))
+        with naming(f"--cache_encodings {folder}"):
+            parts = [datasets.Dataset.from_file(str(path)) for path in paths]
+            known = [part.data.column("digest").to_numpy() for part in parts]
+        self.table = datasets.concatenate_datasets(parts).remove_columns("digest") if parts else None
+        digests = np.append(digests, digest_of("empty"))
+        known = np.concatenate([np.empty(0, np.int64), *known])
+        order = np.argsort(known)
+        self.places = np.searchsorted(known, digests, sorter=order)
+        found = self.places < len(known)
+        self.places[found] = order[self.places[found]]
+        found[found] = known[self.places[found]] == digests[found]
+        self.missing = np.flatnonzero(~found)
+        self.empty = self.table[int(self.places[-1])] if found[-1] else None
+
+    def __len__(self):
+        return len(self.places) - 1
+
+    def __getitem__(self, row):
+        return {**self.table[int(self.places[row])], "empty": self.empty}
+
+
+class EncoderInputs:
+    """The `rows` (ints) of a data set as the frozen encoders take them; len(dataset) stands for the empty one.
+
+    inputs: function of a row, or None for the empty one, to {input: array of each version}.
+    """
+
+    def __init__(self, dataset, rows, inputs):
+        self.dataset, self.rows, self.inputs = dataset, rows, inputs
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        row = int(self.rows[index])
+        try:
+            return row, self.inputs(self.dataset[row] if row < len(self.dataset) else None)
+        except RunError as error:
+            raise RunError(f"row {row}: {error}") from error
+
+
+def write_part(folder, part):
+    """Add a file of encodings to `folder`, whole or not at all. part: {"digest": [...], name: [[bytes, ...], ...]}."""
+    path = folder / f"part-{secrets.token_hex(8)}.arrow"
+    partial = path.with_suffix(".partial")
+    kinds = {name: datasets.List(datasets.Value("binary")) for name in part if name != "digest"}
+    features = datasets.Features({"digest": datasets.Value("int64"), **kinds})
+    with writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with ArrowWriter(path=str(partial), features=features) as writer:
+                writer.write_batch(part)
+                writer.finalize()
+            flush_to_disk(partial)
+            partial.rename(path)
+            flush_to_disk(folder)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def encoder_inputs(args, tokenizer, row):
+    """What the frozen encoders take for all that may be drawn of a row; of None: a black image, and no caption.
+
+    Returns arrays: "pixel_values" (1, resolution, resolution, 3), uint8, with --random_flip (2, ...), the second
+    mirrored, and "input_ids" (captions, 77).
+    """
+    image = PIL.Image.new("RGB", [args.resolution] * 2) if row is None else read_image(row[args.image_column])
+    captions = "" if row is None else row[args.caption_column]
+    crop = (args.resolution, args.image_interpolation_mode, args.center_crop, False)
+    pixel_values = train_transforms(image, *crop, random_generator(0))
+    flips = [pixel_values, pixel_values[:, ::-1]][: 1 + args.random_flip]
+    tokens = tokenize_captions([captions] if isinstance(captions, str) else captions, tokenizer)
+    return {"pixel_values": np.stack(flips), "input_ids": tokens["input_ids"]}
+
+
+class InputBatches:
+    """An `EncoderInputs` in batches of `size` rows: "rows", "inputs" {input: the versions of all of them in one array}
+    and "versions" {input: how many each row has}.
+
+    A row that can't be read becomes {"error": str}, as in `HostShare`.
+    """
+
+    def __init__(self, source, size):
+        self.source, self.size = source, size
+
+    def __len__(self):
+        return math.ceil(len(self.source) / self.size)
+
+    def __getitem__(self, number):
+        first = number * self.size
+        try:
+            examples = [self.source[index] for index in range(first, min(first + self.size, len(self.source)))]
+        except RunError as error:
+            return {"error": str(error)}
+        rows, inputs = zip(*examples, strict=True)
+        joined = {name: np.concatenate([versions[name] for versions in inputs]) for name in inputs[0]}
+        numbers = {name: np.array([len(versions[name]) for versions in inputs]) for name in joined}
+        return {"rows": np.array(rows), "inputs": joined, "versions": numbers}
+
+
+def equal_pieces(array, size):
+    """Cut an array (n, ...) into pieces of `size`, the last one filled up with zeros: an array (pieces, size, ...)."""
+    missing = -len(array) % size
+    return np.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1)).reshape(-1, size, *array.shape[1:])
+
+
+def encoded_batches(args, source, encodings, models, weights):
+    """What the frozen encoders make of this process's rows, an `EncoderInputs`, on its own devices.
+
+    Yields (rows, {name: [array of a row's versions]}). The devices encode a batch while the one before is looked at.
+    """
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    size, dtype = args.train_batch_size * len(devices), compute_type(args)
+    frozen = on_devices({part: weights[part] for part in FROZEN}, mesh, dtype)
+    make = jax.jit(functools.partial(encode, models=models, dtype=dtype))
+
+    def encoded(name, batch):
+        pieces = equal_pieces(batch["inputs"][name], size)  # of one shape, so that it is compiled once
+        pieces = [jax.device_put(piece, NamedSharding(mesh, PartitionSpec("data"))) for piece in pieces]
+        return [make({name: piece}, frozen) for piece in pieces]
+
+    def versions_of(name, made, batch):
+        whole = np.concatenate([piece[name] for piece in made])
+        return np.split(whole, np.cumsum(batch["versions"][encodings[name].source]))[:-1]
+
+    with contextlib.closing(read_ahead(InputBatches(source, size), args.dataloader_num_workers or 0)) as batches:
+        started = ((batch, {name: encoded(encodings[name].source, batch) for name in encodings}) for batch in batches)
+        for (batch, made), _ in itertools.pairwise(itertools.chain(started, [None])):
+            made = jax.device_get(made)
+            yield batch["rows"], {name: versions_of(name, made[name], batch) for name in encodings}
+
+
+def write_encodings(args, folder, source, digests, encodings, models, weights):
+    """Write the encodings of this process's rows, an `EncoderInputs`, to `folder`. Raises RunError."""
+    digests = np.append(digests, digest_of("empty"))
+    part, size = {name: [] for name in ("digest", *encodings)}, 0
+    batches = encoded_batches(args, source, encodings, models, weights)
+    progress_bar = tqdm(total=len(source), desc="encoding", unit="image", disable=jax.process_index() != 0)
+    with contextlib.closing(batches), progress_bar:
+        for rows, made in batches if len(source) else ():
+            part["digest"] += [digests[row] for row in rows]
+            for name, rows_versions in made.items():
+                part[name] += [[version.tobytes() for version in versions] for versions in rows_versions]
+                size += sum(versions.nbytes for versions in rows_versions)
+            progress_bar.update(len(rows))
+            if size > PART_BYTES:
+                write_part(folder, part)
+                part, size = {name: [] for name in part}, 0
+    if size:
+        write_part(folder, part)
+
+
+def cached_rows(args, dataset, encodings, settings, inputs, models, weights):
+    """All rows of `dataset` as `EncodedRows` of --cache_encodings. To be called by every process. Raises RunError.
+
+    What is not there is made first, by all processes together; only meanwhile are the frozen weights on the devices.
+    encodings: {name: `Encoding`}; settings: what else decides about them, values that JSON can hold; inputs: as of
+    `EncoderInputs`; models, weights: of `load_models`.
+    """
+    arrays = ((f"{part}.{name}", array) for part in FROZEN for name, array in weights[part].items())
+    settings = [settings, encodings, [public_config(vars(models[part].config)) for part in FROZEN]]
+    folder = Path(on_first_process(lambda: str(encodings_folder(args, settings, arrays))))
+    digests = row_digests(args, dataset)
+    missing = np.array(on_first_process(lambda: EncodedRows(folder, digests).missing.tolist()), int)
+    logger.info(f"--cache_encodings: {(missing < len(digests)).sum()} of {len(digests)} rows to be encoded in {folder}")
+    if len(missing):
+        own = missing[jax.process_index() :: jax.process_count()]
+        source = EncoderInputs(dataset, own, inputs)
+        on_all_processes(folder, write_encodings, args, folder, source, digests, encodings, models, weights)
+    rows = EncodedRows(folder, digests)
+    if len(rows.missing):
+        raise RunError(f"--cache_encodings {folder}: has to be on a disk that all processes see")
+    return rows
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Models
 # ----------------------------------------------------------------------------------------------------------------------
@@ -649,10 +929,23 @@ def layer_norm(channels, epsilon, rngs):
     return nnx.LayerNorm(channels, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
 
+def attention_kernel(device, dtype, head_size):
+    """What `jax.nn.dot_product_attention` is to compute with: "cudnn", or None for XLA, which holds all the weights.
+
+    cuDNN's flash attention takes half precision and head sizes that are multiples of 8, up to 128 on each of Nvidia's
+    GPUs since Ampere and up to 256 on some. device: a `jax.Device`.
+    """
+    capability = getattr(device, "compute_capability", "")  # of AMD's GPUs it is a name, such as gfx942
+    recent = device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8
+    fits = dtype in (jnp.float16, jnp.bfloat16) and head_size % 8 == 0 and head_size <= 128
+    return "cudnn" if recent and fits else None
+
+
 def attend(query, key, value, heads, is_causal=False):
     """Multi-head attention of query (b, n, channels) to key and value (b, m, channels). Softmax in float32."""
     query, key, value = (x.reshape(*x.shape[:2], heads, -1) for x in (query, key, value))
-    out = jax.nn.dot_product_attention(query, key, value, is_causal=is_causal)
+    kernel = attention_kernel(jax.local_devices()[0], query.dtype, query.shape[-1])
+    out = jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation=kernel)
     return out.reshape(*out.shape[:2], -1)
 
 
@@ -899,9 +1192,9 @@ class AutoencoderKL(nnx.Module):
         self.post_quant_conv = convolution(latents, latents, 1, rngs)
 
     def encode(self, pixel_values):
-        """Pixels (b, height, width, 3) in [-1, 1] to the posterior's mean and standard deviation, in float32."""
-        mean, log_variance = jnp.split(self.quant_conv(self.encoder(pixel_values)).astype(jnp.float32), 2, axis=-1)
-        return mean, jnp.exp(0.5 * log_variance.clip(-30, 20))
+        """Pixels (b, height, width, 3) in [-1, 1] to the posterior's moments: means and log-variances, one behind the
+        other in the channels."""
+        return self.quant_conv(self.encoder(pixel_values))
 
     def decode(self, latents):
         """Unscaled latents to pixels, about in [-1, 1]."""
@@ -1419,19 +1712,41 @@ def draw_noise(positions, key, latents_shape, num_train_timesteps):
     return jax.vmap(draw)(positions)
 
 
+def mean_and_deviation(moments):
+    """The posterior's mean and standard deviation, in float32, of its moments (b, height, width, 2 · channels)."""
+    mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.exp(0.5 * log_variance.clip(-30, 20))
+
+
+# A table of what the 256 values of a pixel stand for: XLA multiplies by the inverse of 255, which is not exact.
+PIXEL_RANGE = np.arange(256, dtype=np.float32) / 255 * 2 - 1
+
+
+def encode(batch, frozen, models, dtype):
+    """What the frozen encoders make of "pixel_values" (b, height, width, 3), uint8, and "input_ids" (b, 77), of those
+    that are in the batch: "moments" of the VAE's posterior and "text_states" (b, 77, width), in `dtype`."""
+    made = {}
+    if "pixel_values" in batch:
+        pixel_values = jnp.asarray(PIXEL_RANGE)[batch["pixel_values"]]
+        made["moments"] = models["vae"].module(frozen["vae"]).encode(pixel_values.astype(dtype))
+    if "input_ids" in batch:
+        made["text_states"] = models["text_encoder"].module(frozen["text_encoder"])(batch["input_ids"])
+    return made
+
+
 def training_losses(params, frozen, batch, models, alphas_cumprod, prediction_type, args):
     """The losses of a micro-batch, of shape (b,). Pure: all that is random comes with the batch.
 
     params: weights of the UNet, in float32; frozen: {"vae": weights, "text_encoder": weights}, in the type to compute
-    in; batch: arrays of `preprocess_train` and `draw_noise`; models: {"unet", "vae", "text_encoder"}: `Model`;
-    alphas_cumprod: ᾱ of all timesteps, (num_train_timesteps,).
+    in, or {} if the batch is encoded; batch: arrays of `preprocess_train` or `preprocess_encoded`, and of `draw_noise`;
+    models: {"unet", "vae", "text_encoder"}: `Model`; alphas_cumprod: ᾱ of all timesteps, (num_train_timesteps,).
     """
     dtype = COMPUTE_TYPES[args.mixed_precision]
     unet = models["unet"].module({name: value.astype(dtype) for name, value in params.items()})
-    vae, text_encoder = (models[part].module(frozen[part]) for part in ("vae", "text_encoder"))
-    mean, deviation = vae.encode(batch["pixel_values"].astype(dtype))
+    encodings = batch if "moments" in batch else encode(batch, frozen, models, dtype)
+    mean, deviation = mean_and_deviation(encodings["moments"])
     latents = (mean + deviation * batch["posterior_noise"]) * models["vae"].config.scaling_factor
-    encoder_hidden_states = text_encoder(batch["input_ids"])
+    encoder_hidden_states = encodings["text_states"]
 
     def predict(noisy_latents):
         inputs = (noisy_latents.astype(dtype), timesteps, encoder_hidden_states)
@@ -1567,7 +1882,7 @@ def check_resume(args, checkpoint, state, name):
 
 def public_config(config):
     """What a model's configuration (dict) says of its architecture, as plain values that JSON can hold."""
-    left_out = {name for name in config if name.startswith("_")} | {"sample_size"}
+    left_out = {name for name in config if name.startswith("_")} | {"sample_size", "transformers_version"}
     return json.loads(json.dumps({name: value for name, value in config.items() if name not in left_out}))
 
 
@@ -1734,7 +2049,7 @@ def sample(params, frozen, input_ids, latents, models, steps, prediction_type, g
     `ddim_steps`. Returns images (b, height, width, 3), uint8.
     """
     unet = models["unet"].module({name: value.astype(dtype) for name, value in params.items()})
-    vae, text_encoder = (models[part].module(frozen[part]) for part in ("vae", "text_encoder"))
+    vae, text_encoder = (models[part].module(frozen[part]) for part in FROZEN)
     conditional, unconditional = text_encoder(input_ids[0]), text_encoder(input_ids[1])
     encoder_hidden_states = jnp.concatenate([unconditional, conditional])
 
@@ -2058,6 +2373,7 @@ def push_to_hub(args, repo_id):
 COMPUTE_TYPES = {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
 VALIDATION_STEPS, GENERATION_STEPS = 20, 50  # of DDIM
 PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+FROZEN = ("vae", "text_encoder")
 
 
 def compute_type(args):
@@ -2108,14 +2424,34 @@ def on_first_process(function, *arguments):
             reply = json.dumps([function(*arguments), None]).encode()
         except RunError as error:
             reply = json.dumps([None, str(error)]).encode()
-    if jax.process_count() > 1:
-        length = int(multihost_utils.broadcast_one_to_all(np.int32(len(reply))))
-        reply = np.frombuffer(reply.ljust(length), np.uint8)[:length]
-        reply = np.asarray(multihost_utils.broadcast_one_to_all(reply)).tobytes()
-    result, error = json.loads(reply)
+    result, error = json.loads(bytes_of_process(0, reply))
     if error:
         raise RunError(error)
     return result
+
+
+def bytes_of_process(number, own):
+    """What process `number` has for `own` (bytes), in every process. To be called by all."""
+    if jax.process_count() == 1:
+        return own
+    is_source = jax.process_index() == number
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(own)), is_source))
+    own = np.frombuffer(own.ljust(length), np.uint8)[:length]
+    return np.asarray(multihost_utils.broadcast_one_to_all(own, is_source)).tobytes()
+
+
+def on_all_processes(path, function, *arguments):
+    """Call the function, which writes to `path` (Path), on every process. All wait for all, and raise RunError if one
+    of them does."""
+    error = b""
+    try:
+        with writing(path):
+            function(*arguments)
+    except RunError as caught:
+        error = str(caught).encode()
+    failed = np.flatnonzero(multihost_utils.process_allgather(np.int32(len(error))))
+    if len(failed):
+        raise RunError(bytes_of_process(int(failed[0]), error).decode())
 
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # what schedulers send, and Ctrl-C
@@ -2178,7 +2514,7 @@ class SignalAgreement:
         number = noted[0] if noted else 0
         if jax.process_count() == 1:
             return number
-        answer = 0 if self.asked is None else int(self.asked)
+        answer = 0 if self.asked is None else int(jax.device_get(self.asked))
         numbers = np.full(self.devices, number, np.int32)
         self.asked = self.largest(jax.make_array_from_process_local_data(self.sharding, numbers))
         return answer
@@ -2286,6 +2622,16 @@ def place(array, mesh, spec):
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, spec), lambda index: array[index])
 
 
+def on_devices(weights, mesh, dtype):
+    """Put a tree of NumPy arrays, whole and as `dtype`, on every device of the mesh."""
+    return jax.tree.map(lambda array: place(array.astype(dtype), mesh, PartitionSpec()), weights)
+
+
+def known_to_all(value, mesh):
+    """Put a small value that every process knows on every device of the mesh, without waiting for them."""
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec()), np.asarray(value))
+
+
 @functools.cache  # so that it is compiled once
 def gather(mesh):
     """The function that makes arrays of the mesh whole on every device."""
@@ -2331,11 +2677,19 @@ class HostShare:
         return {**batch, "positions": np.stack([positions >> 32, positions & 0xFFFFFFFF], axis=1).astype(np.uint32)}
 
 
+def reading_threads(backend):
+    """How many threads read images, each a micro-batch: where a CPU trains there is no core to spare for more."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return 1 if backend == "cpu" else min(16, cores)
+
+
 def read_ahead(micro_batches, num_workers):
-    """Go through a `HostShare` by grain, in a thread or in worker processes. A generator; raises RunError."""
+    """Go through a `HostShare` or `InputBatches` by grain, in threads or in worker processes. A generator; raises
+    RunError."""
     if not absl_flags.FLAGS.is_parsed():
         absl_flags.FLAGS.mark_as_parsed()  # grain reads absl's flags, which nobody has given
-    options = grain.ReadOptions(num_threads=0 if num_workers else 1, prefetch_buffer_size=0 if num_workers else 2)
+    threads = 0 if num_workers else reading_threads(jax.default_backend())
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     dataset = grain.MapDataset.source(micro_batches).to_iter_dataset(options)
     if num_workers:
         workers = grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2)
@@ -2570,7 +2924,7 @@ def save_frozen_parts(args, folder, index, models, weights):
                 shutil.copytree(folder / part, output_dir / part, dirs_exist_ok=True, ignore=code)
                 for path in (output_dir / part).glob(f"*.{args.variant}.safetensors") if args.variant else ():
                     path.rename(path.with_name(path.name.replace(f".{args.variant}.", ".")))
-        for part in ("vae", "text_encoder"):
+        for part in FROZEN:
             save_model(args, folder / part, models[part], weights[part])
 
 
@@ -2639,7 +2993,7 @@ def generate(args):
     prediction_type = args.prediction_type or scheduler_config.get("prediction_type", "epsilon")
     check_objective(prediction_type, training_alphas_cumprod(scheduler_config))
     dtype = compute_type(args)
-    placed = jax.tree.map(lambda array: place(array.astype(dtype), mesh, PartitionSpec()), weights)
+    placed = on_devices(weights, mesh, dtype)
     draw = make_draw(models, scheduler_config, prediction_type, GENERATION_STEPS, dtype)
     draw = functools.partial(draw, placed["unet"], placed)
     latents_shape = (*[args.resolution // vae_factor(models["vae"])] * 2, models["vae"].config.latent_channels)
@@ -2671,6 +3025,28 @@ def validation_due(args, step, examples_before, examples_after, num_rows):
         return step % args.validation_steps == 0
     period = args.validation_epochs * num_rows
     return examples_after // period > examples_before // period
+
+
+def prepare_rows(args, dataset, tokenizer, models, weights, latents_shape):
+    """What examples are made of: the data set's rows, or what --cache_encodings holds of them, and what makes them.
+
+    Returns a sequence, and what `ExampleStream` makes of its rows. models, weights: of `load_models`. To be called by
+    every process. Raises RunError.
+    """
+    tokenize_captions([""], tokenizer)  # it is set up for it now, which it must not be by several threads at once
+    if not args.cache_encodings:
+        return dataset, functools.partial(preprocess_train, args, tokenizer)
+    *sides, channels = latents_shape
+    states_shape = (tokenizer.model_max_length, models["text_encoder"].config.hidden_size)
+    dtype = np.dtype(compute_type(args))
+    encodings = {
+        "moments": Encoding("pixel_values", dtype, (*sides, 2 * channels)),
+        "text_states": Encoding("input_ids", dtype, states_shape),
+    }
+    settings = [args.image_interpolation_mode, args.random_flip, tokenizer_rules(tokenizer)]
+    inputs = functools.partial(encoder_inputs, args, tokenizer)
+    rows = cached_rows(args, dataset, encodings, settings, inputs, models, weights)
+    return rows, functools.partial(preprocess_encoded, args, encodings)
 
 
 def check_output_dir(args, models):
@@ -2793,7 +3169,8 @@ def main(args):
 
     # Data: one stream of examples for the whole run, entered where the checkpoint was made.
     dataset = load_train_dataset(args, ["image_column", "caption_column"], seed)
-    dataset = leave_out(dataset, on_first_process(check_images, args, dataset))
+    if args.skip_bad_images or not args.cache_encodings:
+        dataset = leave_out(dataset, on_first_process(check_images, args, dataset))
     rows = args.train_batch_size * jax.device_count()
     batch_size = rows * args.gradient_accumulation_steps
     last_step, end = plan_course(args, batch_size, len(dataset), first_step, examples_seen)
@@ -2801,18 +3178,17 @@ def main(args):
     run["data_digest"] = on_first_process(data_digest, dataset)
     if checkpoint:
         check_same_course(checkpoint, run)
-    preprocess = functools.partial(preprocess_train, args, tokenizer)
-    stream = ExampleStream(dataset, preprocess, seed, examples_seen, end)
-    micro_batches = read_ahead(
-        HostShare(stream, rows, jax.process_index(), jax.process_count()), args.dataloader_num_workers
-    )
+    sequence, preprocess = prepare_rows(args, dataset, tokenizer, models, weights, latents_shape)
+    stream = ExampleStream(sequence, preprocess, seed, examples_seen, end)
+    share = HostShare(stream, rows, jax.process_index(), jax.process_count())
+    micro_batches = read_ahead(share, args.dataloader_num_workers or 0)
 
     # Training state, on the devices: from the checkpoint, or from the model.
     transform = make_optimizer_transform(args)
     schedule = make_schedule(args, args.learning_rate * (batch_size if args.scale_lr else 1), last_step)
     train_state, shardings = make_train_state(args, weights["unet"], transform, mesh, checkpoint, start)
-    frozen = {part: weights[part] for part in ("vae", "text_encoder")}
-    frozen = jax.tree.map(lambda array: place(array.astype(dtype), mesh, PartitionSpec()), frozen)
+    frozen_weights = {part: weights[part] for part in FROZEN}
+    frozen = {} if args.cache_encodings else on_devices(frozen_weights, mesh, dtype)
 
     # All that can refuse the run without writing has spoken.
     repo_id = on_first_process(prepare_hub_repository, args) if args.push_to_hub else args.hub_model_id
@@ -2820,11 +3196,12 @@ def main(args):
     if jax.process_index() == 0:
         check_disk_space(args.output_dir, *sizes_of_run(args, models))
     on_first_process(save_frozen_parts, args, folder, index, models, weights)
-    del weights  # they are on the devices now
+    del weights  # they are on the devices now, but for what only the drawing needs
+    frozen_weights = frozen_weights if args.cache_encodings and args.validation_prompts else {}
     trackers, writer = Trackers(args, seed), CheckpointWriter(args)
 
     # What runs on the devices, each compiled once.
-    key = random_generator(seed, 4).integers(2**32, size=2, dtype=np.uint32)
+    key = known_to_all(random_generator(seed, 4).integers(2**32, size=2, dtype=np.uint32), mesh)
 
     def loss(params, frozen, batch, key):
         noise = draw_noise(
@@ -2842,7 +3219,8 @@ def main(args):
     def draw_validation(step):
         averaged = train_state.get("ema", train_state["params"])
         prompts = (args.validation_prompts, tokenizer, latents_shape, seed, mesh)
-        images = draw_prompts(functools.partial(draw, averaged, frozen), *prompts)
+        encoders = frozen or on_devices(frozen_weights, mesh, dtype)  # while it draws
+        images = draw_prompts(functools.partial(draw, averaged, encoders), *prompts)
         return log_validation(images, trackers, args, step) if jax.process_index() == 0 else None
 
     # Loop.
@@ -2857,7 +3235,7 @@ def main(args):
                 batches = [next(micro_batches) for _ in range(args.gradient_accumulation_steps)]
                 waited = time.perf_counter() - wait_started
                 batches = join_micro_batches(batches, mesh)
-                train_state, metrics = update(train_state, frozen, batches, key, np.int32(step))
+                train_state, metrics = update(train_state, frozen, batches, key, known_to_all(np.int32(step), mesh))
                 log.add(step, metrics, batch_size, waited)
 
                 examples_seen += batch_size

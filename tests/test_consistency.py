@@ -48,6 +48,7 @@ INTENDED_FLAGS = {
     "seed": "the upstream scripts' defaults",
     "mixed_precision": "accelerate has a configuration of its own to default to, JAX has none",
     "report_to": "accelerate knows more trackers",
+    "dataloader_num_workers": "JAX reads in threads by default, PyTorch in processes",
 }
 # Flags that are accepted and not needed.
 WITHOUT_EFFECT = {"local_rank", "foreach_ema", "from_pt"}

@@ -30,6 +30,7 @@ from train_text_to_image_flax import (
     attend,
     load_models,
     make_model,
+    mean_and_deviation,
     read_config,
     read_weights,
     result_index,
@@ -145,7 +146,7 @@ def vae_errors(torch_model, model, weights, height=32, width=32):
     latents = normal(2, torch_model.config.latent_channels, height // factor, width // factor)
     with torch.no_grad():
         posterior, decoded = torch_model.encode(pixels).latent_dist, torch_model.decode(latents).sample
-    mean, deviation = call(model, weights, channels_last(pixels), method="encode")
+    mean, deviation = mean_and_deviation(call(model, weights, channels_last(pixels), method="encode"))
     actual = call(model, weights, channels_last(latents), method="decode")
     pairs = (mean, posterior.mean), (deviation, posterior.std), (actual, decoded)
     return [relative_error(array, channels_last(tensor)) for array, tensor in pairs]
@@ -250,7 +251,8 @@ def test_log_variance_is_clipped(loaded, pipeline):
     model, weights = loaded["vae"]
     bias = weights["quant_conv.bias"].copy()
     bias[4:] = [1e3, -1e3, 0, 0]
-    _, deviation = call(model, {**weights, "quant_conv.bias": bias}, normal(1, 32, 32, 3).numpy(), method="encode")
+    moments = call(model, {**weights, "quant_conv.bias": bias}, normal(1, 32, 32, 3).numpy(), method="encode")
+    _, deviation = mean_and_deviation(moments)
     np.testing.assert_allclose(deviation[..., 0], np.exp(10), rtol=1e-6)
     np.testing.assert_allclose(deviation[..., 1], np.exp(-15), rtol=1e-6)
 
@@ -311,7 +313,7 @@ def test_models_of_real_widths_are_pytorch_s(part, tmp_path):
             posterior, decoded = torch_model.encode(pixels).latent_dist, torch_model.decode(latents).sample
         expected = [channels_last(tensor) for tensor in (posterior.mean, posterior.std, decoded)]
         weights = move_weights(torch_model, model)
-        actual = [*call(model, weights, channels_last(pixels), method="encode")]
+        actual = [*mean_and_deviation(call(model, weights, channels_last(pixels), method="encode"))]
         actual.append(call(model, weights, channels_last(latents), method="decode"))
     else:
         inputs = unet_inputs(torch_model.config, batch=1)
@@ -404,8 +406,8 @@ def test_bfloat16(pipeline, loaded, part):
     elif part == "vae":
         pixels, latents = normal(2, 32, 32, 3).numpy(), normal(2, 8, 8, 4).numpy()
         encoded = [
-            call(model, half, pixels.astype(jnp.bfloat16), method="encode"),
-            call(model, weights, pixels, method="encode"),
+            mean_and_deviation(call(model, half, pixels.astype(jnp.bfloat16), method="encode")),
+            mean_and_deviation(call(model, weights, pixels, method="encode")),
         ]
         assert encoded[0][0].dtype == encoded[0][1].dtype == np.float32  # what noise and latents are made from
         decoded = [

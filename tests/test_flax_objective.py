@@ -47,7 +47,7 @@ def batch():
         **normal,
         "perturbation_noise": rng.standard_normal((3, 8, 8, 4), np.float32),
         "offset_noise": rng.standard_normal((3, 1, 1, 4), np.float32),
-        "pixel_values": rng.uniform(-1, 1, (3, 32, 32, 3)).astype(np.float32),
+        "pixel_values": rng.integers(256, size=(3, 32, 32, 3), dtype=np.uint8),
         "input_ids": rng.integers(0, 500, (3, 77)),
         "timesteps": np.array([0, 400, 999]),
     }

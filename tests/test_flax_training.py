@@ -398,7 +398,7 @@ def test_what_the_flags_say_is_what_is_computed(pipeline_folder):
         dtype = script.COMPUTE_TYPES[args.mixed_precision]
         frozen = {part: jax.tree.map(lambda x: jnp.asarray(x, dtype), weights[part]) for part in weights}
         noise = script.draw_noise(jnp.zeros((1, 2), jnp.uint32), jax.random.key(0), (8, 8, 4), 1000)
-        batch = {"pixel_values": jnp.zeros((1, 32, 32, 3)), "input_ids": jnp.zeros((1, 77), int), **noise}
+        batch = {"pixel_values": jnp.zeros((1, 32, 32, 3), jnp.uint8), "input_ids": jnp.zeros((1, 77), int), **noise}
         rest = (models, jnp.linspace(0.99, 0.01, 1000), "epsilon", args)
         jaxpr = jax.make_jaxpr(lambda params: script.training_losses(params, frozen, batch, *rest).mean())(
             weights["unet"]
@@ -670,16 +670,18 @@ def test_two_processes_train_and_resume_as_one_does(one_device, tmp_path):
     assert aside.name.endswith("checkpoint-4")
 
 
-@pytest.mark.parametrize("case", ["column", "image"])
+@pytest.mark.parametrize("case", ["column", "image", "image to be encoded"])
 def test_bad_input_in_two_processes_is_said_by_both_and_ends_both(case, flags, tmp_path):
-    """A column, which both look for, and an image, which the first one looks at."""
+    """A column, which both look for, and an image, which the first one looks at, or the second if they are encoded."""
     line = r"^error: --caption_column title: no such column"
     if case == "column":
         flags["caption_column"] = "title"
     else:
+        row = 0 if case == "image" else 1
         flags["train_data_dir"] = tiny.make_images(tmp_path / "broken")
-        (tmp_path / "broken" / "0.png").write_bytes(b"no picture")
-        line = r"^error: row 0: image .*0\.png cannot be read"
+        (tmp_path / "broken" / f"{row}.png").write_bytes(b"no picture")
+        flags |= {"center_crop": True, "cache_encodings": tmp_path / "encodings"} if row else {}
+        line = rf"^error: row {row}: image .*{row}\.png cannot be read"
     for status, stderr in launch_two(flags, tmp_path):
         assert status == 1, stderr
         assert len(re.findall(line, stderr, re.MULTILINE)) == 1, stderr
