@@ -122,12 +122,13 @@ def test_flops_of_the_real_sizes(size, expected):
     assert {name: counts[name] / 1e9 for name in expected} == pytest.approx(expected, rel=0.025)
 
 
-def test_the_small_size_costs_as_much_to_encode_as_to_train():
+def test_the_small_size_takes_as_long_to_encode_as_to_train():
+    """On two CPU cores, where it was measured to take 0.26 and 0.28 s a batch: its VAE does 2.3 times the FLOPs."""
     import costs
 
     counts, trained = costs.count_flops("small")
     assert trained == "unet"
-    assert counts["vae"] == pytest.approx(counts["unet"], rel=0.2)
+    assert counts["vae"] / counts["unet"] == pytest.approx(2.3, rel=0.05)
     assert counts["text_encoder"] < 0.05 * counts["unet"]
 
 

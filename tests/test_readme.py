@@ -24,6 +24,7 @@ RUN_ELSEWHERE = {
     "make test": "what runs this",
     "make faults": "by hand, and its short form by test_faults.py",
     "make lint": "by .ci/run",
+    "make benchmark": "by hand, and its parts by test_benchmarks.py",
     "pip install -r requirements.txt": "by the Makefile",
     "tensorboard --logdir my_model/logs": "a server; the events are read back in test_training.py",
 }
@@ -67,7 +68,7 @@ def check(command, workplace):
 
 def test_every_command_is_run_or_accounted_for():
     assert set(commands()) == set(TRAINING) | RUN_ELSEWHERE.keys()
-    assert len(TRAINING) == 9
+    assert len(TRAINING) == 10
     assert len(blocks("python")) == 7
 
 
