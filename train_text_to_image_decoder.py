@@ -726,6 +726,27 @@ class EncodedRows:
         return {**self.table[int(self.places[row])], "empty": self.empty}
 
 
+def rows_to_encode(args, folder, dataset, encodings):
+    """Look a data set up in the cache's `folder`. Returns its `row_digests`, and the rows that are missing there.
+
+    The two are lists of ints; see `EncodedRows`. encodings: {name: `Encoding`}. Raises RunError if the disk has no room
+    for what is missing. Clears away what a crash has left.
+    """
+    digests = row_digests(args, dataset)
+    missing = EncodedRows(folder, digests).missing
+    logger.info(f"--cache_encodings: {(missing < len(digests)).sum()} of {len(digests)} rows to be encoded in {folder}")
+    for path in folder.glob("*.partial"):
+        if path.stat().st_mtime < time.time() - 86_400:  # a younger one may be another run's, at work
+            path.unlink()
+    needed = len(missing) * sum(math.prod(part.shape) * part.dtype.itemsize for part in encodings.values())
+    disk = next(parent for parent in folder.absolute().parents if parent.exists())
+    if needed > shutil.disk_usage(disk).free:
+        free = shutil.disk_usage(disk).free
+        sizes = f"{free / 1e9:.2f} GB left, and the encodings need {needed / 1e9:.2f} GB or more"
+        raise RunError(f"--cache_encodings {args.cache_encodings}: its disk has {sizes}")
+    return digests.tolist(), missing.tolist()
+
+
 class EncoderInputs:
     """The `rows` (ints) of a data set as the frozen encoders take them; len(dataset) stands for the empty one.
 
@@ -808,10 +829,8 @@ def encoded_rows(accelerator, args, dataset, encodings, settings, models, inputs
     configs = [model.config if isinstance(model.config, dict) else model.config.to_dict() for model in models]
     settings = [settings, encodings, [public_config(config) for config in configs]]
     folder = on_main_process(accelerator, encodings_folder, args, settings, weights)
-    digests = row_digests(args, dataset)
-    missing = on_main_process(accelerator, lambda: EncodedRows(folder, digests).missing)
-    logger.info(f"--cache_encodings: {(missing < len(digests)).sum()} of {len(digests)} rows to be encoded in {folder}")
-    if len(missing):
+    digests, missing = on_main_process(accelerator, rows_to_encode, args, folder, dataset, encodings)
+    if missing:
         with visiting(accelerator.device, *models):
             own = missing[accelerator.process_index :: accelerator.num_processes]
             source = EncoderInputs(dataset, own, inputs)
@@ -1785,12 +1804,14 @@ def make_dataloader(args, source, device, collate_fn=None):
 
 
 def to_device(accelerator, model):
-    """Move a model to the device; on GPUs its convolutions' weights in the layout that tensor cores read.
+    """Move a model to the device, with its convolutions' weights in the layout that is read fastest: channels last.
 
-    Not what is to be sharded, which has to be contiguous.
+    Not on a CPU for a model to be trained, whose backward passes it slows down, nor for one to be sharded, which has to
+    be contiguous.
     """
+    trained = any(parameter.requires_grad for parameter in model.parameters())
     sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-    if accelerator.device.type == "cuda" and not sharded:
+    if not trained or (accelerator.device.type == "cuda" and not sharded):
         model.to(memory_format=torch.channels_last)
     return model.to(accelerator.device)
 

@@ -728,12 +728,13 @@ class EncodedRows:
     """
 
     def __init__(self, folder, digests):
-        paths = sorted(folder.glob("part-*.arrow"))
-        with naming(f"--cache_encodings {folder}"):
-            parts = [datasets.Dataset.from_file(str(path)) for path in paths]
-            known = [part.data.column("digest").to_numpy() for part in parts]
+        parts = []
+        for path in sorted(folder.glob("part-*.arrow")):
+            with naming(f"--cache_encodings {path}"):
+                parts.append(datasets.Dataset.from_file(str(path)))
         self.table = datasets.concatenate_datasets(parts).remove_columns("digest") if parts else None
         digests = np.append(digests, digest_of("empty"))
+        known = [part.data.column("digest").to_numpy() for part in parts]
         known = np.concatenate([np.empty(0, np.int64), *known])
         order = np.argsort(known)
         self.places = np.searchsorted(known, digests, sorter=order)
@@ -748,6 +749,27 @@ class EncodedRows:
 
     def __getitem__(self, row):
         return {**self.table[int(self.places[row])], "empty": self.empty}
+
+
+def rows_to_encode(args, folder, dataset, encodings):
+    """Look a data set up in the cache's `folder`. Returns its `row_digests`, and the rows that are missing there.
+
+    The two are lists of ints; see `EncodedRows`. encodings: {name: `Encoding`}. Raises RunError if the disk has no room
+    for what is missing. Clears away what a crash has left.
+    """
+    digests = row_digests(args, dataset)
+    missing = EncodedRows(folder, digests).missing
+    logger.info(f"--cache_encodings: {(missing < len(digests)).sum()} of {len(digests)} rows to be encoded in {folder}")
+    for path in folder.glob("*.partial"):
+        if path.stat().st_mtime < time.time() - 86_400:  # a younger one may be another run's, at work
+            path.unlink()
+    needed = len(missing) * sum(math.prod(part.shape) * part.dtype.itemsize for part in encodings.values())
+    disk = next(parent for parent in folder.absolute().parents if parent.exists())
+    if needed > shutil.disk_usage(disk).free:
+        free = shutil.disk_usage(disk).free
+        sizes = f"{free / 1e9:.2f} GB left, and the encodings need {needed / 1e9:.2f} GB or more"
+        raise RunError(f"--cache_encodings {args.cache_encodings}: its disk has {sizes}")
+    return digests.tolist(), missing.tolist()
 
 
 class EncoderInputs:
@@ -892,10 +914,8 @@ def cached_rows(args, dataset, encodings, settings, inputs, models, weights):
     arrays = ((f"{part}.{name}", array) for part in FROZEN for name, array in weights[part].items())
     settings = [settings, encodings, [public_config(vars(models[part].config)) for part in FROZEN]]
     folder = Path(on_first_process(lambda: str(encodings_folder(args, settings, arrays))))
-    digests = row_digests(args, dataset)
-    missing = np.array(on_first_process(lambda: EncodedRows(folder, digests).missing.tolist()), int)
-    logger.info(f"--cache_encodings: {(missing < len(digests)).sum()} of {len(digests)} rows to be encoded in {folder}")
-    if len(missing):
+    digests, missing = on_first_process(rows_to_encode, args, folder, dataset, encodings)
+    if missing:
         own = missing[jax.process_index() :: jax.process_count()]
         source = EncoderInputs(dataset, own, inputs)
         on_all_processes(folder, write_encodings, args, folder, source, digests, encodings, models, weights)
@@ -3040,8 +3060,8 @@ def prepare_rows(args, dataset, tokenizer, models, weights, latents_shape):
     states_shape = (tokenizer.model_max_length, models["text_encoder"].config.hidden_size)
     dtype = np.dtype(compute_type(args))
     encodings = {
-        "moments": Encoding("pixel_values", dtype, (*sides, 2 * channels)),
-        "text_states": Encoding("input_ids", dtype, states_shape),
+        "moments": Encoding("pixel_values", np.dtype(dtype), (*sides, 2 * channels)),
+        "text_states": Encoding("input_ids", np.dtype(dtype), states_shape),
     }
     settings = [args.image_interpolation_mode, args.random_flip, tokenizer_rules(tokenizer)]
     inputs = functools.partial(encoder_inputs, args, tokenizer)

@@ -229,6 +229,16 @@ def test_a_damaged_file_is_named(cached):
         run({**flags, "output_dir": flags["output_dir"] / "other"})
 
 
+def test_a_disk_without_room_is_said_before_encoding(cached, monkeypatch):
+    flags, usage = cached(STABLE_DIFFUSION), type("Usage", (), {"free": 50_000})
+    monkeypatch.setattr(train_text_to_image.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(
+        RunError, match=r"^--cache_encodings .*: its disk has 0.00 GB left, and the encodings need 0.00 GB"
+    ):
+        run(flags)
+    assert parts(flags) == []
+
+
 def test_a_bad_image_is_named_before_the_training(cached):
     flags = cached(STABLE_DIFFUSION)
     (flags["train_data_dir"] / "5.png").write_bytes(b"no image")
