@@ -69,11 +69,12 @@ def parse_args(input_args=None):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def training_command(script, data_dir, model_dir, seed):
+def training_command(script, data_dir, cache_dir, model_dir, seed):
     """The command that fine-tunes, as a list of arguments. It is the one that a user would type."""
     flags = {
         "pretrained_model_name_or_path": PIPELINE,
         "train_data_dir": data_dir,
+        "cache_encodings": cache_dir,
         "output_dir": model_dir,
         "resolution": shapes.SIZE,
         "train_batch_size": 16,
@@ -86,7 +87,7 @@ def training_command(script, data_dir, model_dir, seed):
         "validation_steps": 400,
         "seed": seed,
     }
-    command = [sys.executable, str(ROOT / script), "--random_flip", "--use_ema"]
+    command = [sys.executable, str(ROOT / script), "--center_crop", "--random_flip", "--use_ema"]
     for name, value in flags.items():
         command += [f"--{name}", str(value)]
     return [*command, "--validation_prompts", "a red star on white", "a blue star on black", "a green circle on white"]
@@ -181,8 +182,8 @@ def main(args):
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     folder = args.output_dir.resolve()
-    data_dir, model_dir = folder / "train-data", folder / "model"
-    for earlier in (data_dir, model_dir):  # of a demo before this one
+    data_dir, cache_dir, model_dir = folder / "train-data", folder / "encodings", folder / "model"
+    for earlier in (data_dir, cache_dir, model_dir):  # of a demo before this one
         shutil.rmtree(earlier, ignore_errors=True)
 
     print("Asking the pipeline as it is for stars, a word that it has never seen.", flush=True)
@@ -191,7 +192,7 @@ def main(args):
     before = draw_rows(pipeline, args.seed)
     write_training_folder(data_dir, pipeline, args.seed)
 
-    command = training_command(args.script, data_dir, model_dir, args.seed)
+    command = training_command(args.script, data_dir, cache_dir, model_dir, args.seed)
     print(
         f"Fine-tuning on {data_dir}: {NUM_TRAIN_PICTURES} pictures of stars, and {NUM_REHEARSED_PICTURES} that the "
         f"pipeline itself drew of the shapes that it knows.\n{shlex.join(command)}",

@@ -202,7 +202,8 @@ def training_command(args, variant, point, steps, folders):
 def environment_of(variant, point):
     """The environment of a run: the CPU's cores are shared out over the processes, unless OMP_NUM_THREADS is set."""
     threads = str(max(1, (os.cpu_count() or 1) // point.processes))
-    return {"OMP_NUM_THREADS": threads, **os.environ, "HF_HUB_OFFLINE": "1", **variant.environment}
+    device = {} if shutil.which("nvidia-smi") else {"ACCELERATE_USE_CPU": "true"}  # else each would train alone there
+    return {"OMP_NUM_THREADS": threads, **device, **os.environ, "HF_HUB_OFFLINE": "1", **variant.environment}
 
 
 def launch(command, environment, log):
