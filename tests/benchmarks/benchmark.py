@@ -48,8 +48,6 @@ LEVERS = {
     "cache-workers": {"flags": [*CACHE, *WORKERS], "cached": True},
     "compile": {"flags": ["--compile"]},
     "cache-compile": {"flags": [*CACHE, "--compile"], "cached": True},
-    "channels-last": {"flags": ["--channels_last"]},
-    "no-channels-last": {"flags": ["--no-channels_last"]},
     "gradient-checkpointing": {"flags": ["--gradient_checkpointing"]},
 }
 
