@@ -25,7 +25,7 @@ def flags(flags, caption_lists_folder, tmp_path):
     """Nearly all that is drawn for an example; a copy of the images, as some tests change them."""
     images = shutil.copytree(caption_lists_folder, tmp_path / "images")
     flags |= {"train_data_dir": images, "center_crop": True, "random_flip": True, "proportion_empty_prompts": 0.3}
-    flags |= {"use_ema": True, "adam_epsilon": 1e-6, "max_train_steps": 4}
+    flags |= {"use_ema": True, "adam_epsilon": 1e-5, "max_train_steps": 4}
     return {**flags, "cache_encodings": tmp_path / "encodings"}
 
 
