@@ -8,13 +8,18 @@ import sys
 import textwrap
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, command_line
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 import benchmark
+import costs
+import memory
 import report
 import sizes
+import without
 
 RECIPE = ROOT / "tests" / "benchmarks" / "recipe.py"
 
@@ -115,17 +120,45 @@ def test_loss_differences_are_of_one_step():
 )
 def test_flops_of_the_real_sizes(size, expected):
     """Against independent counts in units of 1e9: 2 %, for the figure of 13 is rounded to whole units (13.3)."""
-    import costs
-
     counts, trained = costs.count_flops(size)
     counts["encoders"] = sum(count for name, count in counts.items() if name != trained)
     assert {name: counts[name] / 1e9 for name in expected} == pytest.approx(expected, rel=0.025)
 
 
+@pytest.mark.parametrize("size", list(sizes.SMALLER))
+def test_the_smaller_kandinsky_sizes_have_the_shares_of_the_real_ones(size):
+    shares = []
+    for name in (size, size.removesuffix("-small")):
+        counts, trained = costs.count_flops(name)
+        shares.append(counts[trained] / sum(counts.values()))
+    assert shares[0] == pytest.approx(shares[1], abs=0.1)
+
+
+def test_live_bytes_are_those_of_the_tensors_that_are_there():
+    with FakeTensorMode(), memory.LiveBytes() as live:
+        kept = torch.empty(1000)
+        for _ in range(3):
+            torch.empty(500) + 1
+        view = kept.view(10, 100)
+        del kept
+        assert live.now == 4000
+        del view
+    assert (live.now, live.peak) == (0, 4000 + 2 * 2000)
+
+
+def test_stable_diffusion_fits_the_cards_it_is_for():
+    """Of tensors alone, with an eighth of the card left for what else CUDA takes."""
+    parameters = 859_520_964
+    peak = memory.peak_bytes("sd15")
+    assert 20 * parameters < peak < 24 * 2**30 * 7 / 8  # weight, gradient, average and two moments, 4 bytes each
+    flags = "--use_ema --offload_ema --gradient_checkpointing --use_8bit_adam"
+    peak = memory.peak_bytes("sd15", **memory.RUNS[flags])
+    assert 10 * parameters < peak < 16 * 2**30 * 7 / 8
+    assert memory.peak_bytes("sd15", 2, **memory.RUNS[flags]) > peak
+
+
 def test_the_small_size_takes_as_long_to_encode_as_to_train():
     """On two CPU cores, where it was measured to take 0.26 and 0.28 s a batch: its VAE does 2.3 times the FLOPs."""
-    import costs
-
     counts, trained = costs.count_flops("small")
     assert trained == "unet"
     assert counts["vae"] / counts["unet"] == pytest.approx(2.3, rel=0.05)
@@ -143,16 +176,18 @@ def test_a_saved_data_set_of_many_rows(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-@pytest.mark.parametrize("size", ["kandinsky-prior", "kandinsky-decoder"])
+@pytest.mark.parametrize("size", [size for size in sizes.SIZES if size.startswith("kandinsky")])
 def test_the_kandinsky_sizes_are_pipelines(size, tmp_path, monkeypatch):
-    """With the real configurations but for widths and depths."""
+    """Of the real ones with the real configurations but for widths and depths."""
     from diffusers import DiffusionPipeline
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
-    configs = shrunk(sizes.configs_of(size))
-    monkeypatch.setattr(sizes, "configs_of", lambda size: configs)
+    configs = sizes.configs_of(size)
+    if size not in sizes.SMALLER:
+        configs = shrunk(configs)
+        monkeypatch.setattr(sizes, "configs_of", lambda size: configs)
     sizes.make_models(size, tmp_path)
-    DiffusionPipeline.from_pretrained(tmp_path / size.removeprefix("kandinsky-"))
+    DiffusionPipeline.from_pretrained(tmp_path / sizes.kind_of(size))
     CLIPVisionModelWithProjection.from_pretrained(tmp_path / "prior", subfolder="image_encoder")
     CLIPImageProcessor.from_pretrained(tmp_path / "prior", subfolder="image_processor")
 
@@ -249,6 +284,51 @@ def test_bad_input_is_one_line(words, said, capsys):
     *usage, line = capsys.readouterr().err.strip().splitlines()
     assert said in line
     assert all(line.startswith("usage:") for line in usage)
+
+
+def test_levers_without_a_flag_are_those_of_the_scripts():
+    every = set(without.LEVERS)
+    assert set(without.levers_of(ROOT / "train_text_to_image.py")) == every
+    for kandinsky in ("prior", "decoder"):  # whose pixels other functions make
+        assert set(without.levers_of(ROOT / f"train_text_to_image_{kandinsky}.py")) == every - {"byte-pixels"}
+    assert without.levers_of(ROOT / "train_text_to_image_flax.py") == without.levers_of(RECIPE) == []
+
+
+def test_switched_off_levers_are_off_and_change_no_loss(pipeline_folder, images_folder, tmp_path):
+    """The operators that a run calls show which are on."""
+    flags = {"pretrained_model_name_or_path": pipeline_folder, "train_data_dir": images_folder, "resolution": 32}
+    flags |= {"train_batch_size": 2, "max_train_steps": 4, "seed": 0, "report_to": "tensorboard", "use_ema": True}
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import without
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Counted(TorchDispatchMode):
+    names = set()
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function._schema.name)
+        if function._schema.name == "aten::convolution" and args[1].is_contiguous(memory_format=channels_last):
+            self.names |= {"channels last"} if args[1].shape[2] > 1 and not args[1].is_contiguous() else set()
+        return function(*args, **kwargs or {})
+
+from torch import channels_last
+with Counted():
+    without.main(*sys.argv[2:])
+print("called:", *Counted.names)
+"""
+    seen, losses = [], []
+    for number, levers in enumerate((",".join(without.LEVERS), "")):
+        words = command_line({**flags, "output_dir": tmp_path / str(number)})
+        command = [sys.executable, "-c", code, without.__file__.rpartition("/")[0], levers]
+        command += [str(ROOT / "train_text_to_image.py"), *words]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        names = result.stdout.splitlines()[-1]
+        seen.append([word in names for word in ("_fused_adamw_", "_foreach_lerp_", "channels last")])
+        losses.append(report.read_updates(tmp_path / str(number) / "logs"))
+    assert seen == [[False] * 3, [True] * 3]
+    assert report.loss_difference(*([[step, loss] for step, _, loss in run] for run in losses)) < 1e-5
 
 
 @pytest.mark.timeout(300)

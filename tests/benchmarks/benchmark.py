@@ -28,6 +28,7 @@ from pathlib import Path
 
 import report
 import sizes
+import without
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -36,9 +37,9 @@ SWEEPS = ("batch_sizes", "rows", "processes")
 LARGEST_FOLDER = 5000  # rows; more are a data set saved by `datasets`
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "jax", "flax")
 
-# What a lever adds to the plain run: flags, variables of the environment. "cached": the encoders do not run in a step,
-# and a first run fills the cache, whose folder stands where {cache} does. A lever whose flag is not in the script's
-# --help is skipped.
+# What a lever adds to the plain run's flags. "without": what `without.py` takes away from it. "cached": the encoders do
+# not run in a step, and a first run fills the cache, whose folder stands where {cache} does. A lever whose flag is not
+# in the script's --help is skipped.
 WORKERS = ["--dataloader_num_workers", str(min(8, os.cpu_count() or 1))]
 CACHE = ["--cache_encodings", "{cache}"]
 LEVERS = {
@@ -49,10 +50,16 @@ LEVERS = {
     "compile": {"flags": ["--compile"]},
     "cache-compile": {"flags": [*CACHE, "--compile"], "cached": True},
     "gradient-checkpointing": {"flags": ["--gradient_checkpointing"]},
+    "8-bit-adamw": {"flags": ["--use_8bit_adam"]},
+    "offloaded-average": {"flags": ["--offload_ema"]},
+    # What has no flag: without all of it, and with one alone.
+    "bare": {"without": list(without.LEVERS)},
+    **{f"bare+{own}": {"without": [name for name in without.LEVERS if name != own]} for own in without.LEVERS},
 }
+ALONE = [name for name, lever in LEVERS.items() if "without" in lever]
 
-# A script with what is added to its flags. known: the flags that its --help lists.
-Variant = collections.namedtuple("Variant", "name kind script known flags environment cached")
+# A script with what is added to its flags, and taken away. known: the flags that its --help lists.
+Variant = collections.namedtuple("Variant", "name kind script known flags cached without")
 Point = collections.namedtuple("Point", "batch_size rows processes")
 Outcome = collections.namedtuple("Outcome", "status started output peak_resident_bytes peak_gpu_bytes")
 
@@ -72,7 +79,8 @@ def parse_args(input_args=None):
     add = parser.add_argument
     add("--size", choices=list(sizes.SIZES), default="small", help="which models, of random weights")
     add("--script", type=Path, help="what trains; default: the PyTorch script of the size")
-    add("--levers", nargs="+", choices=list(LEVERS), default=["plain"], help="what to add to the script's flags, each")
+    levers = "what to add to the script's flags, each; 'alone': what has no flag, taken away, and added one by one"
+    add("--levers", nargs="+", choices=[*LEVERS, "alone"], default=["plain"], help=levers)
     add("--versus", nargs="+", type=Path, default=[], help="other scripts that take the same flags, to compare with")
     add("--rounds", type=int, default=3, help="runs of everything, in turns")
     add("--steps", type=int, help="updates of a run, warm-up among them; default: as --seconds says")
@@ -91,6 +99,7 @@ def parse_args(input_args=None):
     add("--name", help="of the report's folder; default: size, kind of device, and what is swept")
     add("--work_dir", type=Path, help="keep models, images and caches here for the next report; default: removed")
     args = parser.parse_args(input_args)
+    args.levers = [own for name in args.levers for own in (ALONE if name == "alone" else [name])]
     check_args(parser, args)
     return args
 
@@ -151,7 +160,7 @@ def last_line(text):
 
 def model_flags(size, folder):
     """The flags that name the models of a size, which lie in `folder` (Path)."""
-    if not size.startswith("kandinsky"):
+    if sizes.kind_of(size) == "stable-diffusion":
         return {"--pretrained_model_name_or_path": folder}
     return {
         "--pretrained_prior_model_name_or_path": folder / "prior",
@@ -180,7 +189,8 @@ def training_command(args, variant, point, steps, folders):
         "--report_to": "tensorboard",
         **({"--use_ema": None} if args.use_ema else {}),
     }
-    words = [str(variant.script)]
+    words = [str(HERE / "without.py"), ",".join(variant.without)] if variant.without else []
+    words.append(str(variant.script))
     for name, value in flags.items():
         if name in variant.known:
             words += [name] if value is None else [name, str(value)]
@@ -197,11 +207,11 @@ def training_command(args, variant, point, steps, folders):
     ]
 
 
-def environment_of(variant, point):
+def environment_of(point):
     """The environment of a run: the CPU's cores are shared out over the processes, unless OMP_NUM_THREADS is set."""
     threads = str(max(1, (os.cpu_count() or 1) // point.processes))
     device = {} if shutil.which("nvidia-smi") else {"ACCELERATE_USE_CPU": "true"}  # else each would train alone there
-    return {"OMP_NUM_THREADS": threads, **device, **os.environ, "HF_HUB_OFFLINE": "1", **variant.environment}
+    return {"OMP_NUM_THREADS": threads, **device, **os.environ, "HF_HUB_OFFLINE": "1"}
 
 
 def launch(command, environment, log):
@@ -233,7 +243,7 @@ def launch(command, environment, log):
 def public_command(command, variant, work):
     """A command as one line without the folders of this machine: WORK stands for `work` (Path)."""
     line = shlex.join(command).replace(sys.executable, "python").replace(str(work), "WORK")
-    return line.replace(f"{variant.script.parent}{os.sep}", "")
+    return line.replace(f"{HERE}{os.sep}", "").replace(f"{variant.script.parent}{os.sep}", "")
 
 
 def train(args, variant, point, steps, folders):
@@ -241,7 +251,7 @@ def train(args, variant, point, steps, folders):
     with tempfile.TemporaryDirectory(dir=folders["work"]) as scratch:
         folders = {**folders, "output": Path(scratch, "output")}
         command = training_command(args, variant, point, steps, folders)
-        outcome = launch(command, environment_of(variant, point), Path(scratch, "log.txt"))
+        outcome = launch(command, environment_of(point), Path(scratch, "log.txt"))
         if outcome.status:
             raise RunFailed(f"{variant.name}: exit status {outcome.status}: {last_line(outcome.output)}")
         updates = report.read_updates(folders["output"] / "logs")
@@ -302,17 +312,18 @@ def variants_of(args, known):
     known: {script: its flags}.
     """
     script, variants, skipped = script_of(args), [], []
+    own_levers = without.levers_of(script)
     for name in args.levers:
         lever = LEVERS[name]
-        flags = lever.get("flags", [])
+        flags, taken = lever.get("flags", []), [word for word in lever.get("without", []) if word in own_levers]
         missing = [word for word in flags if word.startswith("--") and word not in known[script]]
-        if missing:
-            skipped.append(f"{name}: skipped, {script.name} has no {' '.join(missing)}")
+        missing += [word for word in [name.partition("+")[2]] if word and word not in own_levers]
+        if missing or (name == "bare" and not taken):
+            skipped.append(f"{name}: skipped, {script.name} has no {' '.join(missing) or 'such levers'}")
             continue
-        environment, cached = lever.get("environment", {}), lever.get("cached", False)
-        variants.append(Variant(name, "lever", script, known[script], flags, environment, cached))
+        variants.append(Variant(name, "lever", script, known[script], flags, lever.get("cached", False), taken))
     for path in args.versus:
-        variants.append(Variant(path.stem, "versus", path.resolve(), known[path.resolve()], [], {}, False))
+        variants.append(Variant(path.stem, "versus", path.resolve(), known[path.resolve()], [], False, []))
     return variants, skipped
 
 
@@ -375,7 +386,7 @@ def run_point(args, point, variants, folders, record, costs):
         shares = work_shares(costs, variant, point, measured["images_per_second"])
         record(**what, **point._asdict(), variant=variant.name, kind=variant.kind, **shares, **measured)
         print(
-            f"{what['purpose']} {what.get('round', ''):<2} {variant.name:<22} {measured['images_per_second']:8.2f} "
+            f"{what['purpose']:<8} {what.get('round', ''):<2} {variant.name:<22} {measured['images_per_second']:8.2f} "
             f"images/s, first step after {measured['first_step_seconds']:.1f} s",
             flush=True,
         )

@@ -29,38 +29,40 @@ def parse_args(input_args=None):
     return parser.parse_args(input_args)
 
 
-def inputs_of(size, models, resolution):
-    """What each model takes for one image: {name: (callable, its arguments)}, tensors on the meta device."""
+def inputs_of(size, models, resolution, batch_size=1, device="meta", dtype=torch.float32):
+    """What each of the models takes for a batch of images: {name: (callable, its arguments)}, tensors without content.
 
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
+    dtype: of images and embeddings.
+    """
 
-    tokens, timestep = empty(1, TOKENS, dtype=torch.long), empty(1, dtype=torch.long)
-    image, clip_image = empty(1, 3, resolution, resolution), empty(1, 3, 224, 224)
-    side = resolution // 8
-    if size == "kandinsky-prior":
+    def empty(*shape, dtype=dtype):
+        return torch.empty((batch_size, *shape), dtype=dtype, device=device)
+
+    def call(name, arguments):
+        return {name: (getattr(models[name], "encode", models[name]), arguments)} if name in models else {}
+
+    tokens, timestep = empty(TOKENS, dtype=torch.long), empty(dtype=torch.long)
+    image, clip_image, side = empty(3, resolution, resolution), empty(3, 224, 224), resolution // 8
+    if sizes.kind_of(size) == "prior":
         width = models["prior"].config.embedding_dim
-        mask = empty(1, TOKENS, dtype=torch.bool)
-        states = {"proj_embedding": empty(1, width), "encoder_hidden_states": empty(1, TOKENS, width)}
-        arguments = {"hidden_states": empty(1, width), "timestep": timestep, **states, "attention_mask": mask}
-        calls = {"prior": (models["prior"], arguments), "image_encoder": (models["image_encoder"], [clip_image])}
-        return {**calls, "text_encoder": (models["text_encoder"], [tokens])}
-    if size == "kandinsky-decoder":
-        condition = {"image_embeds": empty(1, models["unet"].config.encoder_hid_dim)}
-        arguments = {"sample": empty(1, 4, side, side), "timestep": timestep, "encoder_hidden_states": None}
-        calls = {"unet": (models["unet"], {**arguments, "added_cond_kwargs": condition})}
-        return {
-            **calls,
-            "movq": (models["movq"].encode, [image]),
-            "image_encoder": (models["image_encoder"], [clip_image]),
-        }
-    side = resolution // 2 ** (len(models["vae"].config.block_out_channels) - 1)
-    states = empty(1, TOKENS, models["unet"].config.cross_attention_dim)
-    return {
-        "unet": (models["unet"], [empty(1, 4, side, side), timestep, states]),
-        "vae": (models["vae"].encode, [image]),
-        "text_encoder": (models["text_encoder"], [tokens]),
-    }
+        mask = empty(TOKENS, dtype=torch.bool)
+        states = {"proj_embedding": empty(width), "encoder_hidden_states": empty(TOKENS, width)}
+        arguments = {"hidden_states": empty(width), "timestep": timestep, **states, "attention_mask": mask}
+        return {**call("prior", arguments), **call("image_encoder", [clip_image]), **call("text_encoder", [tokens])}
+    if sizes.kind_of(size) == "decoder":
+        condition = {"image_embeds": empty(models["unet"].config.encoder_hid_dim)}
+        arguments = {"sample": empty(4, side, side), "timestep": timestep, "encoder_hidden_states": None}
+        unet = call("unet", {**arguments, "added_cond_kwargs": condition})
+        return {**unet, **call("movq", [image]), **call("image_encoder", [clip_image])}
+    latents = empty(4, *[resolution // sizes.vae_factor(size)] * 2)
+    states = empty(TOKENS, models["unet"].config.cross_attention_dim)
+    unet = call("unet", [latents, timestep, states])
+    return {**unet, **call("vae", [image]), **call("text_encoder", [tokens])}
+
+
+def called(function, arguments):
+    """The function's result; its arguments are a list or, by name, a dict."""
+    return function(**arguments) if isinstance(arguments, dict) else function(*arguments)
 
 
 def count_flops(size, resolution=None):
@@ -70,7 +72,7 @@ def count_flops(size, resolution=None):
     for name, (call, arguments) in inputs_of(size, models, resolution or sizes.SIZES[size][1]).items():
         models[name].requires_grad_(name == trained)
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(name == trained):
-            output = call(**arguments) if isinstance(arguments, dict) else call(*arguments)
+            output = called(call, arguments)
             if name == trained:
                 output[0].sum().backward()
         counts[name] = counter.get_total_flops()

@@ -129,9 +129,9 @@ def summary(key, groups, filled):
 
 
 def is_base(runs):
-    """Whether ratios are taken to these runs, {round: line}: the plain one's, and other scripts'."""
+    """Whether ratios are taken to these runs, {round: line}: the plain one's, the bare one's, and other scripts'."""
     line = next(iter(runs.values()))
-    return line["variant"] == "plain" or line["kind"] == "versus"
+    return line["variant"] in ("plain", "bare") or line["kind"] == "versus"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -152,6 +152,8 @@ def ratio_words(values):
     """The median of ratios, and their range."""
     if not values:
         return "–"
+    if len(values) == 1:
+        return f"{values[0]:.2f}"
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
@@ -194,7 +196,9 @@ def heading(lines, rows):
         f"{how}; {point}.",
         f"Device: {costs['device']}; {dtype} matrix products at {rate} GFLOP/s.",
         f"GFLOP per image: {flops} ({costs['trained']}: forward and backward; the others: forward).",
-        f"Medians over {rounds} round{'s' * (rounds > 1)}; ratios pair by pair within a round, with their range.",
+        f"Medians over {rounds} rounds; ratios pair by pair within a round, with their range."
+        if rounds > 1
+        else "One round.",
         f"{line['date'][:10]}, commit {line['commit']}, {versions}.",
     ]
 

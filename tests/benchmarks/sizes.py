@@ -7,7 +7,8 @@
 the text encoders' vocabulary, which is the tests' tokenizer's; a look-up costs nothing. `small` is for a CPU: Stable
 Diffusion with fewer channels, whose VAE takes about as long to encode an image of 128 px as the UNet takes to learn
 from it, on two CPU cores in batches of 4: there the VAE's wide convolutions do more than twice the FLOPs in a second.
-The speed of a step does not depend on the values of the weights.
+`kandinsky-prior-small` and `kandinsky-decoder-small` are the real ones with fewer layers and channels, and with about
+the same shares of the FLOPs. The speed of a step does not depend on the values of the weights.
 """
 
 import argparse
@@ -71,6 +72,43 @@ OWN_CONFIGS = {
         "scheduler": SD_SCHEDULER,
     },
 }
+# What is smaller than in the real models.
+SMALLER = {
+    "kandinsky-prior-small": {
+        "prior": {"num_attention_heads": 8, "num_layers": 5, "embedding_dim": 320},
+        "text_encoder": {
+            "hidden_size": 320,
+            "intermediate_size": 1280,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 5,
+            "projection_dim": 320,
+        },
+        "image_encoder": {
+            "hidden_size": 416,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 4,
+            "projection_dim": 320,
+        },
+    },
+    "kandinsky-decoder-small": {
+        "unet": {
+            "block_out_channels": [64, 128, 192, 256],
+            "attention_head_dim": 32,
+            "cross_attention_dim": 256,
+            "encoder_hid_dim": 320,
+            "layers_per_block": 2,
+        },
+        "movq": {"block_out_channels": [32, 32, 64, 64]},
+        "image_encoder": {
+            "hidden_size": 160,
+            "intermediate_size": 640,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "projection_dim": 320,
+        },
+    },
+}
 # Of each size: the script that trains it, and the side of its images in pixels. The prior's is its image encoder's.
 SIZES = {
     "tiny": ("train_text_to_image.py", 32),
@@ -79,6 +117,8 @@ SIZES = {
     "sd21": ("train_text_to_image.py", 768),
     "kandinsky-prior": ("train_text_to_image_prior.py", 224),
     "kandinsky-decoder": ("train_text_to_image_decoder.py", 768),
+    "kandinsky-prior-small": ("train_text_to_image_prior.py", 224),
+    "kandinsky-decoder-small": ("train_text_to_image_decoder.py", 128),
 }
 CROP = {"crop_size": {"height": 224, "width": 224}, "size": {"shortest_edge": 224}}  # of CLIP's image processor
 # What `model_index.json` says of a pipeline: its class, and the library and class of each part.
@@ -137,26 +177,35 @@ def configs_of(size):
         return facts["stable-diffusion-1.5"]
     if size == "sd21":  # its VAE is that of 1.5
         return {"vae": facts["stable-diffusion-1.5"]["vae"], **facts["stable-diffusion-2.1"]}
-    if size == "kandinsky-prior":
-        return facts["kandinsky-2.2-prior"]
-    return {**facts["kandinsky-2.2-decoder"], "image_encoder": facts["kandinsky-2.2-prior"]["image_encoder"]}
+    parts = {**facts[f"kandinsky-2.2-{kind_of(size)}"], "image_encoder": facts["kandinsky-2.2-prior"]["image_encoder"]}
+    smaller = SMALLER.get(size, {})
+    return {name: {**config, **smaller.get(name, {})} for name, config in parts.items() if name != "parameters"}
 
 
-def empty_models(size, vocab_size=49408):
-    """The models of a size on the meta device, without weights: {name: torch.nn.Module}, the trained one first."""
+def kind_of(size):
+    """Which of the pipelines' models a size has."""
+    return next((kind for kind in ("prior", "decoder") if size.startswith(f"kandinsky-{kind}")), "stable-diffusion")
+
+
+def vae_factor(size):
+    """Pixels along a side of one latent's, of a Stable Diffusion size."""
+    return 2 ** (len(configs_of(size)["vae"]["block_out_channels"]) - 1)
+
+
+def empty_models(size, vocab_size=49408, device="meta", frozen_dtype=None, only_trained=False):
+    """The models of a size without weights: {name: torch.nn.Module}, the trained one first, in float32."""
     import diffusers
     import torch
     import transformers
 
     models, configs = {}, configs_of(size)
-    names = {"kandinsky-prior": ["prior", "text_encoder", "image_encoder"]}
-    names["kandinsky-decoder"] = ["unet", "movq", "image_encoder"]
-    for name in names.get(size, ["unet", "vae", "text_encoder"]):
+    names = {"prior": ["prior", "text_encoder", "image_encoder"], "decoder": ["unet", "movq", "image_encoder"]}
+    for name in names.get(kind_of(size), ["unet", "vae", "text_encoder"])[: 1 if only_trained else None]:
         config = {key: value for key, value in configs[name].items() if key != "_class_name"}
-        kind = "prior" if size == "kandinsky-prior" else "decoder" if name == "movq" else "stable-diffusion"
-        kind = "prior" if name == "image_encoder" else kind
+        kind = "stable-diffusion" if name == "unet" else "prior" if name == "image_encoder" else kind_of(size)
         library, class_name = PIPELINES[kind][name]
-        with torch.device("meta"):
+        torch.set_default_dtype(frozen_dtype if models and frozen_dtype else torch.float32)
+        with torch.device(device):
             if library == "transformers":
                 if name == "text_encoder":
                     config |= {"vocab_size": vocab_size, "bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1}
@@ -164,6 +213,8 @@ def empty_models(size, vocab_size=49408):
                 models[name] = model_class(model_class.config_class(**config))
             else:
                 models[name] = getattr(diffusers, class_name)(**config)
+        torch.set_default_dtype(torch.float32)
+        models[name].requires_grad_(len(models) == 1)
     return models
 
 
@@ -197,7 +248,7 @@ def make_models(size, folder):
     import transformers
     from tiny import make_tokenizer
 
-    kind = "stable-diffusion" if not size.startswith("kandinsky") else size.removeprefix("kandinsky-")
+    kind = kind_of(size)
     own = folder if kind == "stable-diffusion" else folder / kind
     clip = folder / "prior" if kind == "decoder" else own  # the decoder's image encoder is the prior pipeline's
     tokenizer = make_tokenizer(clip / "tokenizer")

@@ -1,0 +1,155 @@
+"""How much GPU memory a training step needs at real size, from the shapes of its tensors alone: no GPU is needed.
+
+    python tests/benchmarks/memory.py --size sd15
+
+A step of the script is gone through in bfloat16 with tensors that have a shape but no content, and the bytes of all
+that are there at a time are added up: weights, gradients, moments, average, what the backward pass needs, frozen
+models. What a GPU takes on top is not in it: CUDA's own half gigabyte or so, work space of kernels, and gaps between
+tensors. The norms' inputs are kept in float32, as autocast has them on GPUs.
+"""
+
+import argparse
+import contextlib
+import functools
+import sys
+import weakref
+from pathlib import Path
+
+import costs
+import sizes
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 2**30
+
+# The flags of a run, with what they do here.
+RUNS = {
+    "--use_ema": {},
+    "--use_ema --cache_encodings": {"cached": True},
+    "--use_ema --gradient_checkpointing": {"recomputed": True},
+    "--use_ema --gradient_checkpointing --use_8bit_adam": {"recomputed": True, "bytes_of_moments": 2},
+    "--use_ema --offload_ema --gradient_checkpointing --use_8bit_adam": {
+        "recomputed": True,
+        "bytes_of_moments": 2,
+        "average": False,
+    },
+}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the bytes of all tensors that are made while it is on, for as long as they are there."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, weakref.WeakSet()
+
+    def free(self, size):
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.known:
+                self.known.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.nbytes())
+        return made
+
+
+@contextlib.contextmanager
+def norms_as_on_a_gpu():
+    """Have autocast on a CPU compute norms in float32, which it does on GPUs."""
+    own = {name: getattr(functional, name) for name in ("group_norm", "layer_norm")}
+
+    def in_float32(norm, *arguments, **named):
+        if not torch.is_autocast_enabled("cpu"):
+            return norm(*arguments, **named)
+        with torch.autocast("cpu", enabled=False):
+            arguments = [value.float() if isinstance(value, torch.Tensor) else value for value in arguments]
+            named = {key: value.float() if isinstance(value, torch.Tensor) else value for key, value in named.items()}
+            return norm(*arguments, **named)
+
+    try:
+        for name, norm in own.items():
+            setattr(functional, name, functools.partial(in_float32, norm))
+        yield
+    finally:
+        for name, norm in own.items():
+            setattr(functional, name, norm)
+
+
+def recompute(size, model):
+    """--gradient_checkpointing, as the scripts do it."""
+    if sizes.kind_of(size) != "prior":
+        return model.enable_gradient_checkpointing()
+    sys.path.insert(0, str(ROOT))
+    from train_text_to_image_prior import checkpoint_blocks
+
+    return checkpoint_blocks(model)
+
+
+def peak_bytes(size, batch_size=1, resolution=None, cached=False, recomputed=False, bytes_of_moments=8, average=True):
+    """The most bytes that are there at a time in a training step of a size, in bfloat16.
+
+    cached: the frozen models are elsewhere; bytes_of_moments: for each weight; average: it is on the device.
+    """
+    with FakeTensorMode(), LiveBytes() as live, norms_as_on_a_gpu():
+        models = sizes.empty_models(size, device="cpu", frozen_dtype=torch.bfloat16, only_trained=cached)
+        shape = {"batch_size": batch_size, "device": "cpu", "dtype": torch.bfloat16}
+        calls = costs.inputs_of(size, models, resolution or sizes.SIZES[size][1], **shape)
+        trained = next(iter(models))
+        model, frozen = models[trained].train(), [call for name, call in calls.items() if name != trained]
+        if recomputed:
+            recompute(size, model)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        kept = [torch.empty_like(parameter) for parameter in parameters if average]
+        kept += [torch.empty(bytes_of_moments * p.numel(), dtype=torch.uint8) for p in parameters]
+        for _ in range(2):
+            with torch.no_grad():
+                made = [costs.called(*call) for call in frozen]
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = costs.called(*calls[trained])[0].float().square().mean()
+            del made
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            for parameter in parameters:
+                parameter.grad = None
+        del kept
+    return live.peak
+
+
+def parse_args(input_args=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    real = [size for size in sizes.SIZES if size not in {**sizes.OWN_CONFIGS, **sizes.SMALLER}]
+    parser.add_argument("--size", nargs="+", choices=list(sizes.SIZES), default=real, help="which models")
+    parser.add_argument("--batch_size", type=int, default=1, help="images per step and GPU")
+    parser.add_argument("--resolution", type=int, help="side of the images, in pixels; default: the size's own")
+    args = parser.parse_args(input_args)
+    for name in ("batch_size", "resolution"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"argument --{name}: must be larger than 0, not {getattr(args, name)}")
+    return args
+
+
+def main(args):
+    """Print a table of the sizes."""
+    images = f"{args.batch_size} image{'s' * (args.batch_size > 1)}"
+    print(f"GiB of all tensors of a step with {images}, bfloat16, AdamW, gradients clipped.\n")
+    print(f"| flags | {' | '.join(args.size)} |")
+    print("|---|" + "---|" * len(args.size))
+    for flags, run in RUNS.items():
+        cells = []
+        for size in args.size:
+            known = "--offload_ema" not in flags or sizes.kind_of(size) == "stable-diffusion"
+            peak = peak_bytes(size, args.batch_size, args.resolution, **run) if known else None
+            cells.append(f"{peak / GIB:.1f}" if peak else "no such flag")
+        print(f"| `{flags}` | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(parse_args())
