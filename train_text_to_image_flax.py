@@ -82,11 +82,10 @@ class RunError(Exception):
 
 
 class RunStopped(Exception):
-    """A signal has stopped a run between two updates, with a checkpoint. The script ends with 128 + `signum`."""
+    """A signal has stopped a run where it can go on, `where` in words. The script ends with 128 + `signum`."""
 
-    def __init__(self, signum, step):
-        name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name} after step {step}; the same command with --resume_from_checkpoint goes on")
+    def __init__(self, signum, where):
+        super().__init__(f"stopped by {signal.Signals(signum).name} {where}")
         self.signum = signum
 
 
@@ -322,7 +321,7 @@ def naming(what):
     """Turn what a library raises inside the block into a RunError whose one line starts with `what` (str)."""
     try:
         yield
-    except RunError:
+    except (RunError, RunStopped):
         raise
     except Exception as error:  # libraries raise all kinds here, and wrap the telling one in others
         raise RunError(f"{what}: {reason(error)}") from error
@@ -695,6 +694,11 @@ def digest_of(*values):
     return np.int64(int.from_bytes(hashlib.sha256(json.dumps(values).encode()).digest()[:8], "big", signed=True))
 
 
+def as_size(size):
+    """A number of bytes in words."""
+    return f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB"
+
+
 def row_digests(args, dataset):
     """What tells the rows of a data set apart, and from what they were before a change.
 
@@ -765,9 +769,8 @@ def rows_to_encode(args, folder, dataset, encodings):
             path.unlink()
     needed = len(missing) * sum(math.prod(part.shape) * part.dtype.itemsize for part in encodings.values())
     disk = next(parent for parent in folder.absolute().parents if parent.exists())
-    if needed > shutil.disk_usage(disk).free:
-        free = shutil.disk_usage(disk).free
-        sizes = f"{free / 1e9:.2f} GB left, and the encodings need {needed / 1e9:.2f} GB or more"
+    if needed > (free := shutil.disk_usage(disk).free):
+        sizes = f"{as_size(free)} left, and the encodings need {as_size(needed)} or more"
         raise RunError(f"--cache_encodings {args.cache_encodings}: its disk has {sizes}")
     return digests.tolist(), missing.tolist()
 
@@ -780,6 +783,7 @@ class EncoderInputs:
 
     def __init__(self, dataset, rows, inputs):
         self.dataset, self.rows, self.inputs = dataset, rows, inputs
+        self.images = sum(row < len(dataset) for row in rows)
 
     def __len__(self):
         return len(self.rows)
@@ -809,6 +813,38 @@ def write_part(folder, part):
             flush_to_disk(folder)
         finally:
             partial.unlink(missing_ok=True)
+
+
+class EncodingsWriter:
+    """Writes encodings to `folder` (Path) in files of PART_BYTES, and what is left however the block ends.
+
+    names: of the encodings.
+    """
+
+    def __init__(self, folder, names):
+        self.folder, self.names = folder, ("digest", *names)
+        self.part, self.size = {name: [] for name in self.names}, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.write()
+
+    def add(self, digests, rows):
+        """Take in the digests of rows, and {name: [[bytes of each version] for each row]}."""
+        self.part["digest"] += digests
+        for name, versions in rows.items():
+            self.part[name] += versions
+            self.size += sum(map(len, itertools.chain(*versions)))
+        if self.size > PART_BYTES:
+            self.write()
+
+    def write(self):
+        part, size = self.part, self.size
+        self.part, self.size = {name: [] for name in self.names}, 0
+        if size:
+            write_part(self.folder, part)
 
 
 def encoder_inputs(args, tokenizer, row):
@@ -877,7 +913,8 @@ def encoded_batches(args, source, encodings, models, weights):
         whole = np.concatenate([piece[name] for piece in made])
         return np.split(whole, np.cumsum(batch["versions"][encodings[name].source]))[:-1]
 
-    with contextlib.closing(read_ahead(InputBatches(source, size), args.dataloader_num_workers or 0)) as batches:
+    batches = read_ahead(InputBatches(source, size), args.dataloader_num_workers or 0)
+    with contextlib.closing(batches), naming("--cache_encodings: the images cannot be encoded"):
         started = ((batch, {name: encoded(encodings[name].source, batch) for name in encodings}) for batch in batches)
         for (batch, made), _ in itertools.pairwise(itertools.chain(started, [None])):
             made = jax.device_get(made)
@@ -885,23 +922,18 @@ def encoded_batches(args, source, encodings, models, weights):
 
 
 def write_encodings(args, folder, source, digests, encodings, models, weights):
-    """Write the encodings of this process's rows, an `EncoderInputs`, to `folder`. Raises RunError."""
+    """Write the encodings of this process's rows, an `EncoderInputs`, to `folder`. Raises RunError or RunStopped."""
     digests = np.append(digests, digest_of("empty"))
-    part, size = {name: [] for name in ("digest", *encodings)}, 0
     batches = encoded_batches(args, source, encodings, models, weights)
-    progress_bar = tqdm(total=len(source), desc="encoding", unit="image", disable=jax.process_index() != 0)
-    with contextlib.closing(batches), progress_bar:
+    progress_bar = tqdm(total=source.images, desc="encoding", unit="image", disable=jax.process_index() != 0)
+    writer = EncodingsWriter(folder, encodings)
+    with contextlib.closing(batches), noted_signals() as noted, progress_bar, writer:
         for rows, made in batches if len(source) else ():
-            part["digest"] += [digests[row] for row in rows]
-            for name, rows_versions in made.items():
-                part[name] += [[version.tobytes() for version in versions] for versions in rows_versions]
-                size += sum(versions.nbytes for versions in rows_versions)
-            progress_bar.update(len(rows))
-            if size > PART_BYTES:
-                write_part(folder, part)
-                part, size = {name: [] for name in part}, 0
-    if size:
-        write_part(folder, part)
+            made = {name: [[version.tobytes() for version in row] for row in made[name]] for name in encodings}
+            writer.add([digests[row] for row in rows], made)
+            progress_bar.update(sum(row < len(source.dataset) for row in rows))
+            if noted:
+                raise RunStopped(noted[0], "while encoding; the same command goes on")
 
 
 def cached_rows(args, dataset, encodings, settings, inputs, models, weights):
@@ -3070,7 +3102,7 @@ def prepare_rows(args, dataset, tokenizer, models, weights, latents_shape):
 
 
 def check_output_dir(args, models):
-    """Raise RunError if the result can't be written to output_dir, or would lie among or over what is the user's.
+    """Raise RunError if what the run makes can't be written, or would lie among or over what is the user's.
 
     models: the folders or Hub ids to start from.
     """
@@ -3082,11 +3114,18 @@ def check_output_dir(args, models):
     if (folder / "README.md").exists() and not (folder / "model_index.json").exists():
         raise RunError(f"{name}: has a README.md of something else, which the model card would replace")
     for path in (folder, folder / args.logging_dir):
-        existing = next(parent for parent in (path, *path.parents) if parent.exists())
-        if not existing.is_dir():
-            raise RunError(f"{name}: {existing} is a file, not a folder")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise RunError(f"{name}: no permission to write to {existing}")
+        check_writable(name, path)
+    if args.cache_encodings:
+        check_writable(f"--cache_encodings {args.cache_encodings}", Path(args.cache_encodings).resolve())
+
+
+def check_writable(name, path):
+    """Raise RunError, which starts with `name`, unless a folder can be made or written to at `path` (Path)."""
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise RunError(f"{name}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(f"{name}: no permission to write to {existing}")
 
 
 def prepare_output_dir(args, first_step, last_step):
@@ -3107,12 +3146,9 @@ def check_disk_space(output_dir, checkpoint, result):
     """Warn if the disk has less space left than one checkpoint and the result need, both in bytes."""
     free = shutil.disk_usage(output_dir).free
     if free < checkpoint + result:
-        sizes = [
-            f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB" for size in (free, checkpoint, result)
-        ]
         logger.warning(
-            f"--output_dir {output_dir}: its disk has {sizes[0]} left; one checkpoint needs {sizes[1]} and the result "
-            f"{sizes[2]}"
+            f"--output_dir {output_dir}: its disk has {as_size(free)} left; one checkpoint needs {as_size(checkpoint)} "
+            f"and the result {as_size(result)}"
         )
 
 
@@ -3187,7 +3223,7 @@ def main(args):
     check_objective(prediction_type, alphas_cumprod)
     latents_shape = (*[args.resolution // vae_factor(models["vae"])] * 2, vae_config.latent_channels)
 
-    # Data: one stream of examples for the whole run, entered where the checkpoint was made.
+    # Data.
     dataset = load_train_dataset(args, ["image_column", "caption_column"], seed)
     if args.skip_bad_images or not args.cache_encodings:
         dataset = leave_out(dataset, on_first_process(check_images, args, dataset))
@@ -3198,10 +3234,6 @@ def main(args):
     run["data_digest"] = on_first_process(data_digest, dataset)
     if checkpoint:
         check_same_course(checkpoint, run)
-    sequence, preprocess = prepare_rows(args, dataset, tokenizer, models, weights, latents_shape)
-    stream = ExampleStream(sequence, preprocess, seed, examples_seen, end)
-    share = HostShare(stream, rows, jax.process_index(), jax.process_count())
-    micro_batches = read_ahead(share, args.dataloader_num_workers or 0)
 
     # Training state, on the devices: from the checkpoint, or from the model.
     transform = make_optimizer_transform(args)
@@ -3215,6 +3247,12 @@ def main(args):
     on_first_process(prepare_output_dir, args, first_step, last_step)
     if jax.process_index() == 0:
         check_disk_space(args.output_dir, *sizes_of_run(args, models))
+
+    # One stream of examples for the whole run, entered where the checkpoint was made.
+    sequence, preprocess = prepare_rows(args, dataset, tokenizer, models, weights, latents_shape)
+    stream = ExampleStream(sequence, preprocess, seed, examples_seen, end)
+    share = HostShare(stream, rows, jax.process_index(), jax.process_count())
+    micro_batches = read_ahead(share, args.dataloader_num_workers or 0)
     on_first_process(save_frozen_parts, args, folder, index, models, weights)
     del weights  # they are on the devices now, but for what only the drawing needs
     frozen_weights = frozen_weights if args.cache_encodings and args.validation_prompts else {}
@@ -3277,7 +3315,7 @@ def main(args):
                     break
             writer.finish()
             if stop:
-                raise RunStopped(stop, step)
+                raise RunStopped(stop, f"after step {step}; the same command with --resume_from_checkpoint goes on")
             params = to_host(train_state.get("ema", train_state["params"]), mesh)
             on_first_process(save_result, args, folder, unet_folder, index, models["unet"], params, prediction_type)
     except BaseException:

@@ -15,11 +15,13 @@ et al. 2023, arXiv:2303.09556).
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -81,11 +83,10 @@ class RunError(Exception):
 
 
 class RunStopped(Exception):
-    """A signal has stopped a run between two updates, with a checkpoint. The script ends with 128 + `signum`."""
+    """A signal has stopped a run where it can go on, `where` in words. The script ends with 128 + `signum`."""
 
-    def __init__(self, signum, step):
-        name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name} after step {step}; the same command with --resume_from_checkpoint goes on")
+    def __init__(self, signum, where):
+        super().__init__(f"stopped by {signal.Signals(signum).name} {where}")
         self.signum = signum
 
 
@@ -96,6 +97,7 @@ class RunStopped(Exception):
 
 PRIOR = "kandinsky-community/kandinsky-2-2-prior"
 DECODER = "kandinsky-community/kandinsky-2-2-decoder"
+PRIOR_PARTS = ["image_processor", "tokenizer", "image_encoder", "text_encoder", "prior", "scheduler"]
 
 
 def parse_args(input_args=None):
@@ -311,7 +313,7 @@ def naming(what):
     """Turn what a library raises inside the block into a RunError whose one line starts with `what` (str)."""
     try:
         yield
-    except RunError:
+    except (RunError, RunStopped):
         raise
     except Exception as error:  # libraries raise all kinds here, and wrap the telling one in others
         raise RunError(f"{what}: {reason(error)}") from error
@@ -675,6 +677,11 @@ def digest_of(*values):
     return np.int64(int.from_bytes(hashlib.sha256(json.dumps(values).encode()).digest()[:8], "big", signed=True))
 
 
+def as_size(size):
+    """A number of bytes in words."""
+    return f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB"
+
+
 def row_digests(args, dataset):
     """What tells the rows of a data set apart, and from what they were before a change.
 
@@ -745,9 +752,8 @@ def rows_to_encode(args, folder, dataset, encodings):
             path.unlink()
     needed = len(missing) * sum(math.prod(part.shape) * part.dtype.itemsize for part in encodings.values())
     disk = next(parent for parent in folder.absolute().parents if parent.exists())
-    if needed > shutil.disk_usage(disk).free:
-        free = shutil.disk_usage(disk).free
-        sizes = f"{free / 1e9:.2f} GB left, and the encodings need {needed / 1e9:.2f} GB or more"
+    if needed > (free := shutil.disk_usage(disk).free):
+        sizes = f"{as_size(free)} left, and the encodings need {as_size(needed)} or more"
         raise RunError(f"--cache_encodings {args.cache_encodings}: its disk has {sizes}")
     return digests.tolist(), missing.tolist()
 
@@ -760,6 +766,7 @@ class EncoderInputs:
 
     def __init__(self, dataset, rows, inputs):
         self.dataset, self.rows, self.inputs = dataset, rows, inputs
+        self.images = sum(row < len(dataset) for row in rows)
 
     def __len__(self):
         return len(self.rows)
@@ -789,6 +796,38 @@ def write_part(folder, part):
             flush_to_disk(folder)
         finally:
             partial.unlink(missing_ok=True)
+
+
+class EncodingsWriter:
+    """Writes encodings to `folder` (Path) in files of PART_BYTES, and what is left however the block ends.
+
+    names: of the encodings.
+    """
+
+    def __init__(self, folder, names):
+        self.folder, self.names = folder, ("digest", *names)
+        self.part, self.size = {name: [] for name in self.names}, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.write()
+
+    def add(self, digests, rows):
+        """Take in the digests of rows, and {name: [[bytes of each version] for each row]}."""
+        self.part["digest"] += digests
+        for name, versions in rows.items():
+            self.part[name] += versions
+            self.size += sum(map(len, itertools.chain(*versions)))
+        if self.size > PART_BYTES:
+            self.write()
+
+    def write(self):
+        part, size = self.part, self.size
+        self.part, self.size = {name: [] for name in self.names}, 0
+        if size:
+            write_part(self.folder, part)
 
 
 def encoder_inputs(args, tokenizer, image_processor, row):
@@ -838,7 +877,7 @@ def encoded_rows(accelerator, args, dataset, encodings, settings, models, inputs
     folder = on_main_process(accelerator, encodings_folder, args, settings, weights)
     digests, missing = on_main_process(accelerator, rows_to_encode, args, folder, dataset, encodings)
     if missing:
-        with visiting(accelerator.device, *models):
+        with visiting(accelerator, *models):
             own = missing[accelerator.process_index :: accelerator.num_processes]
             source = EncoderInputs(dataset, own, inputs)
             on_every_process(
@@ -851,34 +890,29 @@ def encoded_rows(accelerator, args, dataset, encodings, settings, models, inputs
 
 
 def encode_rows(accelerator, args, folder, source, digests, encodings, encode):
-    """Write the encodings of this process's rows, an `EncoderInputs`, to `folder`. Raises RunError."""
+    """Write the encodings of this process's rows, an `EncoderInputs`, to `folder`. Raises RunError or RunStopped."""
     digests = np.append(digests, digest_of("empty"))
-    part, size = {name: [] for name in ("digest", *encodings)}, 0
     batches = make_dataloader(args, source, accelerator.device, join_inputs)
-    hidden = not accelerator.is_main_process
-    with tqdm(total=len(source), desc="encoding", unit="image", disable=hidden) as progress_bar:
+    progress_bar = tqdm(total=source.images, desc="encoding", unit="image", disable=not accelerator.is_main_process)
+    with noted_signals() as noted, progress_bar, EncodingsWriter(folder, encodings) as writer:
         for rows, batch, versions in batches:
-            made = encode({name: tensor.to(accelerator.device) for name, tensor in batch.items()})
-            part["digest"] += [digests[row] for row in rows]
-            for name, encoding in encodings.items():
-                pieces = made[name].cpu().split(versions[encoding.source])
-                part[name] += [[as_bytes(version) for version in piece] for piece in pieces]
-                size += made[name].nbytes
-            progress_bar.update(len(rows))
-            if size > PART_BYTES:
-                write_part(folder, part)
-                part, size = {name: [] for name in part}, 0
-    if size:
-        write_part(folder, part)
+            with naming("--cache_encodings: the images cannot be encoded"):
+                made = encode({name: tensor.to(accelerator.device) for name, tensor in batch.items()})
+                made = {name: made[name].cpu().split(versions[kind.source]) for name, kind in encodings.items()}
+            made = {name: [[as_bytes(version) for version in row] for row in made[name]] for name in encodings}
+            writer.add([digests[row] for row in rows], made)
+            progress_bar.update(sum(row < len(source.dataset) for row in rows))
+            if noted:
+                raise RunStopped(noted[0], "while encoding; the same command goes on")
 
 
 @contextlib.contextmanager
-def visiting(device, *models):
-    """Have the models on the device (torch.device) within the block, and afterwards where they were before."""
+def visiting(accelerator, *models):
+    """Have the models on the device within the block, and afterwards where they were before."""
     homes = [next(model.parameters()).device for model in models]
     try:
         for model in models:
-            model.to(device)
+            to_device(accelerator, model)
         yield
     finally:
         for model, home in zip(models, homes, strict=True):
@@ -1197,7 +1231,7 @@ def log_validation(pipeline, decoder, accelerator, args, seed, step):
             return decoder(**embeds, num_inference_steps=20, generator=generator, **size).images[0]
 
     parts = (pipeline.text_encoder, pipeline.image_encoder, decoder.unet, decoder.movq)
-    with visiting(accelerator.device, *parts):
+    with visiting(accelerator, *parts):
         images = share_out(accelerator, args.validation_prompts, draw)
     return save_validation(images, accelerator, args, step) if accelerator.is_main_process else None
 
@@ -1587,11 +1621,22 @@ def make_accelerator(args):
         raise RunError("each process would train alone: on CPUs set ACCELERATE_USE_CPU=true for the launcher")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise RunError("--mixed_precision fp16: needs a GPU, a CPU has bf16")
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     configure_logging(accelerator, args)
     configure_sharding(accelerator, args)
     return accelerator
+
+
+def keep_freed_memory():
+    """Have tensors on a CPU take the memory that others have left. glibc returns what is larger than 32 MB to the
+    system, which clears every page of it again at the next step. Elsewhere this does nothing."""
+    if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
+        m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_mmap_threshold, 2**30)
 
 
 def configure_sharding(accelerator, args):
@@ -1608,6 +1653,7 @@ def configure_sharding(accelerator, args):
     config |= {
         "gradient_accumulation_steps": args.gradient_accumulation_steps,
         "gradient_clipping": args.max_grad_norm,
+        "train_micro_batch_size_per_gpu": args.train_batch_size,
     }
     config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True  # 32 bits, of weights in 32 bits
 
@@ -1849,7 +1895,7 @@ def prepare_rows(accelerator, args, dataset, tokenizer, image_processor, image_e
 
 
 def check_output_dir(args, models):
-    """Raise RunError if the result can't be written to output_dir, or would lie among or over what is the user's.
+    """Raise RunError if what the run makes can't be written, or would lie among or over what is the user's.
 
     models: the folders or Hub ids to start from.
     """
@@ -1861,11 +1907,18 @@ def check_output_dir(args, models):
     if (folder / "README.md").exists() and not (folder / "model_index.json").exists():
         raise RunError(f"{name}: has a README.md of something else, which the model card would replace")
     for path in (folder, folder / args.logging_dir):
-        existing = next(parent for parent in (path, *path.parents) if parent.exists())
-        if not existing.is_dir():
-            raise RunError(f"{name}: {existing} is a file, not a folder")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise RunError(f"{name}: no permission to write to {existing}")
+        check_writable(name, path)
+    if args.cache_encodings:
+        check_writable(f"--cache_encodings {args.cache_encodings}", Path(args.cache_encodings).resolve())
+
+
+def check_writable(name, path):
+    """Raise RunError, which starts with `name`, unless a folder can be made or written to at `path` (Path)."""
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not existing.is_dir():
+        raise RunError(f"{name}: {existing} is a file, not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RunError(f"{name}: no permission to write to {existing}")
 
 
 def find_start(args, name):
@@ -1911,12 +1964,9 @@ def check_disk_space(output_dir, checkpoint, result):
     """Warn if the disk has less space left than one checkpoint and the result need, both in bytes."""
     free = shutil.disk_usage(output_dir).free
     if free < checkpoint + result:
-        sizes = [
-            f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB" for size in (free, checkpoint, result)
-        ]
         logger.warning(
-            f"--output_dir {output_dir}: its disk has {sizes[0]} left; one checkpoint needs {sizes[1]} and the result "
-            f"{sizes[2]}"
+            f"--output_dir {output_dir}: its disk has {as_size(free)} left; one checkpoint needs {as_size(checkpoint)} "
+            f"and the result {as_size(result)}"
         )
 
 
@@ -1971,8 +2021,7 @@ def main(args):
     # Models: the prior in float32, the frozen ones in the precision of the mixed-precision mode.
     weights = {"cache_dir": args.cache_dir, "use_safetensors": True, "dtype": torch.float32}
     frozen = {**weights, "dtype": weight_dtype}
-    parts = ["image_processor", "tokenizer", "image_encoder", "text_encoder", "prior", "scheduler"]
-    check_model_folder("pretrained_prior_model_name_or_path", prior_path, parts)
+    check_model_folder("pretrained_prior_model_name_or_path", prior_path, PRIOR_PARTS)
     noise_scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="sample")
     with naming(f"--pretrained_prior_model_name_or_path {prior_path}" + (f", {checkpoint}" if checkpoint else "")):
         image_encoder = with_retries(
@@ -2014,7 +2063,7 @@ def main(args):
         ema_prior.optimization_step = first_step
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
 
-    # Data: one stream of examples for the whole run, entered where the checkpoint was made.
+    # Data.
     dataset = load_train_dataset(args, ["image_column", "caption_column"], seed)
     if args.skip_bad_images or not args.cache_encodings:
         dataset = leave_out(dataset, on_main_process(accelerator, check_images, args, dataset))
@@ -2024,10 +2073,6 @@ def main(args):
     run["data_digest"] = on_main_process(accelerator, data_digest, dataset)
     if checkpoint:
         check_same_course(checkpoint, run)
-    rows, preprocess = prepare_rows(accelerator, args, dataset, tokenizer, image_processor, image_encoder, text_encoder)
-    preprocess = functools.partial(preprocess, prior.config.embedding_dim, len(alphas_cumprod))
-    stream = ExampleStream(rows, preprocess, seed, examples_seen, end)
-    train_dataloader = make_dataloader(args, stream, accelerator.device)
 
     # Optimizer.
     to_device(accelerator, prior.train())
@@ -2036,9 +2081,8 @@ def main(args):
     clip_mean, clip_std = (value.requires_grad_(False).clone() for value in (prior.clip_mean, prior.clip_std))
     if args.gradient_checkpointing:
         checkpoint_blocks(prior)
-    trained = [parameter for parameter in prior.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(args, trained, accelerator.device, scale=1)
-    prior, optimizer, train_dataloader = accelerator.prepare(prior, optimizer, train_dataloader)
+    optimizer = make_optimizer(args, [p for p in prior.parameters() if p.requires_grad], accelerator.device, scale=1)
+    prior, optimizer = accelerator.prepare(prior, optimizer)
     if ema_prior:
         place_ema(ema_prior, prior, accelerator.device, offload=False)
     keep_weights_apart(accelerator)
@@ -2051,6 +2095,12 @@ def main(args):
     on_main_process(accelerator, prepare_output_dir, args, first_step, last_step)
     if accelerator.is_main_process:
         check_disk_space(args.output_dir, *expected_sizes(args, prior, pipeline))
+
+    # One stream of examples for the whole run, entered where the checkpoint was made.
+    rows, preprocess = prepare_rows(accelerator, args, dataset, tokenizer, image_processor, image_encoder, text_encoder)
+    preprocess = functools.partial(preprocess, image_encoder.config.projection_dim, len(alphas_cumprod))
+    stream = ExampleStream(rows, preprocess, seed, examples_seen, end)
+    train_dataloader = accelerator.prepare_data_loader(make_dataloader(args, stream, accelerator.device))
     start_trackers(accelerator, args, seed)
 
     # Loop.
@@ -2102,7 +2152,7 @@ def main(args):
         log.progress_bar.close()
         if stop:
             accelerator.end_training()
-            raise RunStopped(stop, step)
+            raise RunStopped(stop, f"after step {step}; the same command with --resume_from_checkpoint goes on")
         with evaluation_weights(prior, ema_prior):
             output_dir = Path(args.output_dir)
             on_every_process(accelerator, output_dir, save_pipeline, accelerator, pipeline, "prior", prior, output_dir)

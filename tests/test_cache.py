@@ -3,13 +3,16 @@
 import importlib
 import itertools
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import tiny
+import torch
 from conftest import launch, run
 from PIL import Image
 from safetensors.torch import load_file
@@ -166,6 +169,26 @@ def test_a_crash_while_encoding_loses_no_part_that_was_written(cached, capfd, mo
     assert encoded(capfd.readouterr().err) == (2, 8)
 
 
+@every_script
+def test_a_signal_while_encoding_keeps_what_is_made(script, cached, capfd, monkeypatch):
+    module, flags = importlib.import_module(script), cached(script)
+    encode = module.encode
+
+    def signalled(batch, **models):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)  # a thread notes it
+        return encode(batch, **models)
+
+    monkeypatch.setattr(module, "encode", signalled)
+    with pytest.raises(module.RunStopped, match="^stopped by SIGTERM while encoding; the same command goes on$") as end:
+        run(flags, script)
+    assert end.value.signum == signal.SIGTERM
+    monkeypatch.setattr(module, "encode", encode)
+    capfd.readouterr()
+    run(flags, script)
+    assert encoded(capfd.readouterr().err) == (5, 8)  # the first batch of 3 is there
+
+
 def test_resumes_from_the_cache_to_the_same_bits(cached, tmp_path):
     flags = {**cached(STABLE_DIFFUSION), "max_train_steps": 12, "checkpointing_steps": 5}
     run(flags)
@@ -234,19 +257,48 @@ def test_a_damaged_file_is_named(cached):
 def test_a_disk_without_room_is_said_before_encoding(cached, monkeypatch):
     flags, usage = cached(STABLE_DIFFUSION), type("Usage", (), {"free": 50_000})
     monkeypatch.setattr(train_text_to_image.shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(
-        RunError, match=r"^--cache_encodings .*: its disk has 0.00 GB left, and the encodings need 0.00 GB"
-    ):
+    says = r"^--cache_encodings .*: its disk has 0\.05 MB left, and the encodings need 0\.\d\d MB or more$"
+    with pytest.raises(RunError, match=says):
         run(flags)
     assert parts(flags) == []
 
 
-def test_a_bad_image_is_named_before_the_training(cached):
+@every_script
+def test_nothing_is_encoded_for_a_run_that_is_refused(script, cached):
+    """Hours of encoding come after all that is refused in seconds: here no Hub can be reached."""
+    flags = cached(script)
+    with pytest.raises(importlib.import_module(script).RunError, match="--push_to_hub"):
+        run({**flags, "push_to_hub": True, "hub_model_id": "somebody/something"}, script)
+    assert not flags["cache_encodings"].exists()
+
+
+@every_script
+def test_encoders_that_fail_are_not_taken_for_a_disk_that_does(script, cached, monkeypatch):
+    def out_of_memory(batch, **models):
+        raise torch.OutOfMemoryError("out of memory")
+
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module, "encode", out_of_memory)
+    with pytest.raises(module.RunError, match="^--cache_encodings: the images cannot be encoded: out of memory$"):
+        run(cached(script), script)
+
+
+@every_script
+def test_a_cache_that_cannot_be_written_is_refused_first(script, cached, tmp_path):
+    (tmp_path / "file").write_text("a user's")
+    with pytest.raises(importlib.import_module(script).RunError, match=r"^--cache_encodings .*file is a file, not a"):
+        run({**cached(script), "cache_encodings": tmp_path / "file" / "cache"}, script)
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_bad_image_is_named_before_the_training(cached, capfd):
     flags = cached(STABLE_DIFFUSION)
     (flags["train_data_dir"] / "5.png").write_bytes(b"no image")
     with pytest.raises(RunError, match=r"row 5: image .*5\.png cannot be read"):
         run(flags)
+    capfd.readouterr()
     run({**flags, "skip_bad_images": True})
+    assert encoded(capfd.readouterr().err) == (4, 7)  # the batch of 3 before it is there
 
 
 @every_script
@@ -255,9 +307,9 @@ def test_the_encoders_are_on_the_device_only_to_encode_and_to_draw(script, cache
     module, flags = importlib.import_module(script), cached(script)
     visits, visiting = [], module.visiting
 
-    def noted(device, *models):
+    def noted(accelerator, *models):
         visits.append([type(model).__name__ for model in models])
-        return visiting(device, *models)
+        return visiting(accelerator, *models)
 
     moved, to_device = [], module.to_device
     monkeypatch.setattr(module, "visiting", noted)
@@ -266,6 +318,7 @@ def test_the_encoders_are_on_the_device_only_to_encode_and_to_draw(script, cache
     )
     run(flags, script)
     assert len(visits) == 1  # to encode
-    assert len(moved) == 1  # what is trained
+    assert len(moved) == 3  # the two of them, and what is trained
     run({**flags, "output_dir": flags["output_dir"] / "again"}, script)
     assert len(visits) == 1
+    assert len(moved) == 4

@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import shutil
+import signal
+import time
 from types import SimpleNamespace
 
 import jax
@@ -216,6 +218,24 @@ def test_encoding_goes_on_where_it_was_broken_off(flags, written, monkeypatch):
     train(flags)
     assert written == [2, 2, 2, 2, 1]
     assert {path.suffix for path in folder.iterdir()} == {".arrow"}
+
+
+def test_a_signal_while_encoding_keeps_what_is_made(flags, written, monkeypatch):
+    encoded_batches = script.encoded_batches
+
+    def signalled(*arguments):
+        for batch in encoded_batches(*arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.2)  # a thread notes it
+            yield batch
+
+    monkeypatch.setattr(script, "encoded_batches", signalled)
+    with pytest.raises(script.RunStopped, match="^stopped by SIGTERM while encoding; the same command goes on$"):
+        train(flags)
+    assert written == [2]
+    monkeypatch.setattr(script, "encoded_batches", encoded_batches)
+    train(flags)
+    assert written == [2, 7]
 
 
 def test_an_image_that_cannot_be_read_is_named_or_left_out(flags, written):

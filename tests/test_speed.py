@@ -1,19 +1,26 @@
 """What makes the scripts fast changes no result: each lever against the plain way."""
 
+import ctypes
 import functools
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import run
+from conftest import ROOT, run
 from diffusers.training_utils import EMAModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_text_to_image
 from train_text_to_image import data_workers, update_ema
+
+every_script = pytest.mark.parametrize(
+    "script", ["train_text_to_image", "train_text_to_image_prior", "train_text_to_image_decoder"]
+)
 
 
 def test_the_average_is_diffusers_own():
@@ -29,6 +36,30 @@ def test_the_average_is_diffusers_own():
     assert one.optimization_step == other.optimization_step == 20
     for mine, theirs in zip(one.shadow_params, other.shadow_params, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+@every_script
+def test_freed_memory_is_taken_again(script):
+    """Counted in pages that the system has to clear, of ten tensors of 64 MB, one after the other."""
+    code = """
+import resource, sys, torch
+
+script = __import__(sys.argv[1])
+def pages_cleared():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(pages_cleared())
+script.keep_freed_memory()
+pages_cleared()
+print(pages_cleared())
+"""
+    result = subprocess.run([sys.executable, "-c", code, script], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(int, result.stdout.split())
+    assert before > 300  # 163,840 of 4 KB each, or 320 of 2 MB
+    assert after < before / 10
 
 
 def test_workers_read_for_a_gpu(monkeypatch):
