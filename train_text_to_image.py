@@ -36,6 +36,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ import transformers
 from accelerate import Accelerator, DataLoaderConfiguration, init_empty_weights
 from accelerate.utils import (
     DistributedType,
+    InitProcessGroupKwargs,
     LoggerType,
     ProjectConfiguration,
     broadcast_object_list,
@@ -917,12 +919,12 @@ def encoded_rows(accelerator, args, dataset, encodings, settings, models, inputs
     folder = on_main_process(accelerator, encodings_folder, args, settings, weights)
     digests, missing = on_main_process(accelerator, rows_to_encode, args, folder, dataset, encodings)
     if missing:
-        with visiting(accelerator, *models):
-            own = missing[accelerator.process_index :: accelerator.num_processes]
-            source = EncoderInputs(dataset, own, inputs)
-            on_every_process(
-                accelerator, folder, encode_rows, accelerator, args, folder, source, digests, encodings, encode
-            )
+        own = missing[accelerator.process_index :: accelerator.num_processes]
+        source = EncoderInputs(dataset, own, inputs)
+        with visiting(accelerator, *models), writing(folder):
+            encode_rows(accelerator, args, folder, source, digests, encodings, encode)
+        with naming("--cache_encodings: another process has ended"):  # one that fails does so at once, not after hours
+            accelerator.wait_for_everyone()
     rows = EncodedRows(folder, digests)
     if len(rows.missing):
         raise RunError(f"--cache_encodings {folder}: has to be on a disk that all processes see")
@@ -1684,6 +1686,9 @@ def configure_logging(accelerator, args):
         raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {args.report_to}`")
 
 
+PATIENCE = timedelta(hours=2)  # of processes, while one of them looks through the images or ends its share later
+
+
 def make_accelerator(args):
     """The `Accelerator` that the flags and accelerate's configuration ask for. Raises RunError."""
     accelerator = Accelerator(
@@ -1692,6 +1697,7 @@ def make_accelerator(args):
         log_with=args.report_to,
         project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     several_hosts = os.environ.get("MASTER_ADDR", "127.0.0.1") not in ("127.0.0.1", "localhost")
     by_launch = "ACCELERATE_MIXED_PRECISION" in os.environ and several_hosts

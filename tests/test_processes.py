@@ -64,6 +64,12 @@ if not any(script.endswith("flax") for script, *_ in runs):
     import diffusers
     for drawing in (diffusers.StableDiffusionPipeline, diffusers.KandinskyV22PriorPipeline):
         drawing.__call__ = noted(drawing.__call__, "draw", 1)
+    import torch
+    meet = torch.distributed.init_process_group
+    def meet_and_note(*arguments, timeout, **options):
+        note("wait", timeout.total_seconds())
+        return meet(*arguments, timeout=timeout, **options)
+    torch.distributed.init_process_group = meet_and_note
 sys.addaudithook(note_file)
 for script, name, words, port in runs:
     record = (folder / f"{script}-{name}-{process}.jsonl").open("w")
@@ -426,6 +432,14 @@ def make_rows_with_a_bad_one(folder, script):
     rows = datasets.Dataset.from_dict({"image": images, "text": ["red dots"] * 1200})
     rows.cast_column("image", datasets.Image()).save_to_disk(folder)
     return row
+
+
+@pytest.mark.parametrize("script", [STABLE_DIFFUSION, PRIOR, DECODER])
+def test_processes_wait_two_hours_for_one_that_works_on(script, both_ways):
+    """It may look through a million images, or encode larger ones. accelerate gives it ten minutes on GPUs."""
+    runs = both_ways(script)
+    waits = [[what for event, what in noted(runs, script, process) if event == "wait"] for process in range(2)]
+    assert waits == [[7200], [7200]]
 
 
 @pytest.mark.parametrize("script", [STABLE_DIFFUSION, FLAX])
