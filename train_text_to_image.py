@@ -159,7 +159,7 @@ def parse_args(input_args=None):
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate is configured to")
     add("--allow_tf32", action="store_true", help="allow TF32 matrix products on NVIDIA GPUs: faster, coarser")
-    add("--compile", action="store_true", help="compile the trained model: faster steps after minutes of compiling")
+    add("--compile", action="store_true", help="compile the trained model: minutes first, then maybe faster steps")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="attention by xformers")
     add("--local_rank", type=int, default=-1, help="accepted and not needed: the launcher tells each process its rank")
 
@@ -231,15 +231,18 @@ def check_args(parser, args):
 
 def check_cache_flags(parser, args):
     """End with status 2 and one line if --cache_encodings can't be as it is."""
-    if not args.cache_encodings:
+    if args.cache_encodings is None:
         return
+    if not args.cache_encodings:
+        parser.error("argument --cache_encodings: expected a folder")
     if not getattr(args, "center_crop", True):
         parser.error("argument --cache_encodings: a random crop is another image each time; add --center_crop")
     folder = Path(args.cache_encodings).resolve()
     if folder.is_relative_to(Path(args.output_dir).resolve()):
         parser.error("argument --cache_encodings: must not lie in --output_dir, which is uploaded as a whole")
-    if args.train_data_dir and folder.is_relative_to(Path(args.train_data_dir).resolve()):
-        parser.error("argument --cache_encodings: must not lie in --train_data_dir, among the images")
+    for flag, data in {"--train_data_dir": args.train_data_dir, "--dataset_name": args.dataset_name}.items():
+        if data and folder.is_relative_to(Path(data).resolve()):
+            parser.error(f"argument --cache_encodings: must not lie in {flag}, among the images")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -725,26 +728,41 @@ def as_size(size):
     return f"{size / 1e9:.2f} GB" if size > 1e8 else f"{size / 1e6:.2f} MB"
 
 
+def file_marks(path):
+    """By what a file is told from others, in what JSON can hold: size, time of change, and its first and last 4 KB, for
+    archives may give all files one time, and images without compression have one size. None if it can't be read."""
+    if not path or not os.path.isfile(path):
+        return None
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        stat, first = os.fstat(file.fileno()), file.read(4096)
+        file.seek(max(stat.st_size - 4096, 0))
+        return [stat.st_size, stat.st_mtime_ns, hashlib.sha256(first + file.read(4096)).hexdigest()]
+
+
 def row_digests(args, dataset):
     """What tells the rows of a data set apart, and from what they were before a change.
 
-    Of an image that has a file: its path in the data's folder, size and time of change, and the row's captions. Of one
-    inside the data set's own files: the row's number, and the sizes and times of these files. Returns int64 (rows,).
+    Of an image that has a file: its path in the data's folder, `file_marks`, and the row's captions. Of one inside the
+    data set's own files: the row's number, and the sizes and times of these files. Returns int64 (rows,).
     """
     stats = [os.stat(file["filename"]) for file in dataset.cache_files]
     whole = digest_of(dataset._fingerprint, *([stat.st_size, stat.st_mtime_ns] for stat in stats))
     digests, first = whole ^ np.arange(len(dataset)), 0
     folder = os.path.abspath(args.train_data_dir or args.dataset_name) + os.sep
-    for table in dataset.with_format("arrow").iter(10_000):
-        images = table.column(args.image_column)
-        if compute.any(compute.is_null(compute.struct_field(images, "bytes"))).as_py():
-            paths = compute.struct_field(images, "path").to_pylist()
-            captions = [table.column(name).to_pylist() for name in table.column_names if name != args.image_column]
-            for row, (path, *texts) in enumerate(zip(paths, *captions, strict=True), first):
-                stat = os.stat(path) if path and os.path.isfile(path) else None
-                known = stat and [stat.st_size, stat.st_mtime_ns]
-                digests[row] = digest_of(path and path.removeprefix(folder), known, texts)
-        first += len(table)
+
+    def of_files(table):
+        paths = compute.struct_field(table.column(args.image_column), "path").to_pylist()
+        captions = [table.column(name).to_pylist() for name in table.column_names if name != args.image_column]
+        rows = zip(paths, *captions, strict=True)
+        return [digest_of(path and path.removeprefix(folder), file_marks(path), texts) for path, *texts in rows]
+
+    with ThreadPoolExecutor(16) as threads:  # a disk behind a network lets each of them wait
+        for table in dataset.with_format("arrow").iter(10_000):
+            images = table.column(args.image_column)
+            if compute.any(compute.is_null(compute.struct_field(images, "bytes"))).as_py():
+                pieces = [table.slice(start, 500) for start in range(0, len(table), 500)]
+                digests[first : first + len(table)] = list(itertools.chain(*threads.map(of_files, pieces)))
+            first += len(table)
     return digests
 
 
@@ -760,7 +778,7 @@ class EncodedRows:
     def __init__(self, folder, digests):
         parts = []
         for path in sorted(folder.glob("part-*.arrow")):
-            with naming(f"--cache_encodings {path}"):
+            with naming(f"--cache_encodings {path} (delete it, and its rows are encoded again)"):
                 parts.append(datasets.Dataset.from_file(str(path)))
         self.table = datasets.concatenate_datasets(parts).remove_columns("digest") if parts else None
         digests = np.append(digests, digest_of("empty"))
@@ -791,8 +809,11 @@ def rows_to_encode(args, folder, dataset, encodings):
     missing = EncodedRows(folder, digests).missing
     logger.info(f"--cache_encodings: {(missing < len(digests)).sum()} of {len(digests)} rows to be encoded in {folder}")
     for path in folder.glob("*.partial"):
-        if path.stat().st_mtime < time.time() - 86_400:  # a younger one may be another run's, at work
-            path.unlink()
+        with contextlib.suppress(OSError):  # its run may just have ended it, or be another user's
+            if path.stat().st_mtime < time.time() - 86_400:  # a younger one may be of a run at work
+                path.unlink()
+    if len(missing):
+        check_writable(f"--cache_encodings {args.cache_encodings}", folder.absolute())
     needed = len(missing) * sum(math.prod(part.shape) * part.dtype.itemsize for part in encodings.values())
     disk = next(parent for parent in folder.absolute().parents if parent.exists())
     if needed > (free := shutil.disk_usage(disk).free):
@@ -1686,7 +1707,7 @@ def configure_logging(accelerator, args):
         raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {args.report_to}`")
 
 
-PATIENCE = timedelta(hours=2)  # of processes, while one of them looks through the images or ends its share later
+PATIENCE = timedelta(hours=2)  # how long processes wait for one that looks through the images or encodes its share
 
 
 def make_accelerator(args):
@@ -1721,8 +1742,8 @@ def keep_freed_memory():
     system, which clears every page of it again at the next step. Elsewhere this does nothing."""
     if sys.platform == "linux" and (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)):
         m_trim_threshold, m_mmap_threshold = -1, -3  # of malloc.h
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_threshold, 2**30)
+        if mallopt(m_mmap_threshold, 2**30) or mallopt(m_mmap_threshold, 2**25):  # older releases take no more
+            mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def configure_sharding(accelerator, args):
@@ -1850,7 +1871,8 @@ class AverageInMainMemory:
         pinned = {"device": "cpu", "requires_grad": False, "pin_memory": self.stream is not None}
         self.copies = [torch.empty_like(parameter, **pinned) for parameter in parameters]
         self.thread = ThreadPoolExecutor(1)
-        optimizer.optimizer.register_step_pre_hook(lambda *_: self.keep_weights())
+        if self.stream:
+            optimizer.optimizer.register_step_pre_hook(lambda *_: self.keep_weights())
 
     def update(self, parameters):
         """Start to take in what `parameters` are now."""
@@ -2043,7 +2065,7 @@ def check_output_dir(args, models):
         raise RunError(f"{name}: has a README.md of something else, which the model card would replace")
     for path in (folder, folder / args.logging_dir):
         check_writable(name, path)
-    if args.cache_encodings:
+    if args.cache_encodings and not os.path.isdir(args.cache_encodings):  # a full one may be on a read-only disk
         check_writable(f"--cache_encodings {args.cache_encodings}", Path(args.cache_encodings).resolve())
 
 

@@ -3,6 +3,7 @@
 import importlib
 import io
 import itertools
+import json
 import os
 import re
 import signal
@@ -131,6 +132,23 @@ def test_what_has_changed_is_encoded_again_and_only_that(script, cached, tmp_pat
     assert difference(script, tmp_path / "caption", tmp_path / "without") < 1e-5
 
 
+@every_script
+def test_another_folder_of_the_same_names_sizes_and_times_is_another_one(script, cached, tmp_path, capfd):
+    """As archives unpack them that give all files one time."""
+    for name, red in {"first": 40, "second": 200}.items():
+        (tmp_path / name).mkdir()
+        rows = [{"file_name": f"{k}.bmp", "text": "dots"} for k in range(3)]
+        (tmp_path / name / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for k, row in enumerate(rows):
+            path = tmp_path / name / row["file_name"]
+            Image.new("RGB", (32, 32), (red, k, 0)).save(path)
+            os.utime(path, ns=(0, 0))
+        capfd.readouterr()
+        flags = {**cached(script), "train_data_dir": tmp_path / name, "output_dir": tmp_path / "output" / name}
+        run({**flags, "max_train_steps": 1}, script)
+        assert encoded(capfd.readouterr().err) == (3, 3)
+
+
 @pytest.mark.parametrize("change", ["resolution", "image_interpolation_mode", "random_flip", "weights", "tokenizer"])
 def test_what_decides_about_an_encoding_has_a_folder_of_its_own(change, cached, folders, tmp_path, capfd):
     flags = cached(STABLE_DIFFUSION)
@@ -256,6 +274,8 @@ def test_a_data_set_that_holds_its_images(cached, tmp_path, capfd):
         ({"center_crop": False}, "--cache_encodings: a random crop is another image each time; add --center_crop"),
         ({"cache_encodings": "output/cache", "output_dir": "output"}, "must not lie in --output_dir"),
         ({"cache_encodings": "images/cache", "train_data_dir": "images"}, "must not lie in --train_data_dir"),
+        ({"cache_encodings": "images/cache", "dataset_name": "images"}, "must not lie in --dataset_name"),
+        ({"cache_encodings": ""}, "argument --cache_encodings: expected a folder"),
     ],
 )
 def test_refused(changes, says, cached, capsys):
@@ -270,8 +290,24 @@ def test_a_damaged_file_is_named(cached):
     run(flags)
     (path,) = parts(flags)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(RunError, match=path.name):
-        run({**flags, "output_dir": flags["output_dir"] / "other"})
+    again = {**flags, "output_dir": flags["output_dir"] / "other"}
+    with pytest.raises(RunError, match=rf"{path.name} \(delete it, and its rows are encoded again\): "):
+        run(again)
+    path.unlink()
+    (path.parent / "part-of-another-run.partial").symlink_to("gone meanwhile")
+    run(again)
+    assert len(parts(flags)) == 1
+
+
+def test_a_full_cache_may_be_on_a_read_only_disk(cached, monkeypatch):
+    """What the system says of permissions is put on, since tests may be run by root, whom they do not bind."""
+    flags, access = cached(STABLE_DIFFUSION), os.access
+    run(flags)
+    monkeypatch.setattr(os, "access", lambda path, mode: "cache" not in Path(path).parts and access(path, mode))
+    run({**flags, "output_dir": flags["output_dir"] / "full"})
+    flags |= {"image_interpolation_mode": "nearest", "output_dir": flags["output_dir"] / "other"}
+    with pytest.raises(RunError, match=r"^--cache_encodings .*cache: no permission to write to .*cache$"):
+        run(flags)
 
 
 def test_a_disk_without_room_is_said_before_encoding(cached, monkeypatch):

@@ -93,7 +93,8 @@ def sharded(request, common_flags, tmp_path_factory):
     if request.param != "FSDP2" and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("needs DeepSpeed: pip install deepspeed")
     folder = tmp_path_factory.mktemp("sharded")
-    result = launch_sharded({**common_flags, "output_dir": folder / "output"}, folder, CONFIGURATIONS[request.param])
+    flags = {**common_flags, "output_dir": folder / "output", "offload_ema": True}
+    result = launch_sharded(flags, folder, CONFIGURATIONS[request.param])
     assert result.returncode == 0, result.stderr
     return request.param, folder / "output"
 
