@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import pytest
@@ -22,6 +23,7 @@ import sizes
 import without
 
 RECIPE = ROOT / "tests" / "benchmarks" / "recipe.py"
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
 
 # Trains nothing, and logs that update k ended k / 10 seconds after a start 9 s from now: a script whose speed is known.
 # It is as fast again with --fast, or from a cache, which takes 50 s to fill. Update k's loss is 1 / k, with --fast 0.01
@@ -63,6 +65,19 @@ COSTS = {
     "device_type": "cpu",
     "threads": 1,
 }
+
+# They hold 200 MB for a second and print what the system counts: in memory, in that of a process they start, and as
+# pages of a file.
+ALLOCATES = "import time; held = b'x' * 200_000_000; print(open('/proc/self/status').read()); time.sleep(1)"
+STARTS = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {ALLOCATES!r}])"
+MAPS = """
+import mmap, sys, time
+file = open(sys.argv[1], "rb")
+held = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+held[:: mmap.PAGESIZE]
+print(open("/proc/self/status").read())
+time.sleep(1)
+"""
 
 
 def test_a_stretch_begins_behind_the_warm_up_and_lies_between_waits(tmp_path):
@@ -200,6 +215,26 @@ def shrunk(configs):
     return {part: {name: sides.get(name, value) for name, value in own.items()} for part, own in configs.items()}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what memory is private")
+@pytest.mark.parametrize(
+    "code, private", [(ALLOCATES, True), (STARTS, True), (MAPS, False)], ids=["allocated", "by-a-child", "mapped"]
+)
+def test_private_memory_is_without_the_pages_of_files(code, private, tmp_path):
+    with tempfile.NamedTemporaryFile(dir="/var/tmp") as file:  # on a disk: pages of a tmpfs count as private
+        file.truncate(200_000_000)
+        outcome = benchmark.launch([sys.executable, "-c", code, file.name], dict(os.environ), tmp_path / "log.txt")
+    assert outcome.status == 0, outcome.output
+    assert 200e6 < 1024 * int(re.search(r"VmRSS:\s*(\d+) kB", outcome.output)[1]) < 250e6
+    low, high = (200e6, 250e6) if private else (1e6, 50e6)
+    assert low < outcome.peak_private_bytes < high
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/runs.jsonl")), ids=lambda path: path.parent.name)
+def test_the_tables_here_are_made_from_the_runs_beside_them(path):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert report.table(lines, report.summarise(lines)) == path.with_name("table.md").read_text()
+
+
 @pytest.fixture
 def stub(tmp_path, monkeypatch):
     """A script of known speed in place of a training script, without models, images and costs. Returns its path."""
@@ -250,6 +285,7 @@ def test_a_report_on_scripts_of_known_speed(stub, tmp_path):
     text = (folder / "table.md").read_text()
     assert re.search(r"\| fast \| 80.0 \| 0.0500 \|.* 2.00 \(2.00 to 2.00\)", text)
     assert "- compile: skipped, stub.py has no --compile" in text
+    assert ("| peak private, GiB |" in text) == (sys.platform == "linux")
     for name in ("speed.png", "loss.png"):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 

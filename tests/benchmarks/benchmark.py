@@ -61,7 +61,9 @@ ALONE = [name for name, lever in LEVERS.items() if "without" in lever]
 # A script with what is added to its flags, and taken away. known: the flags that its --help lists.
 Variant = collections.namedtuple("Variant", "name kind script known flags cached without")
 Point = collections.namedtuple("Point", "batch_size rows processes")
-Outcome = collections.namedtuple("Outcome", "status started output peak_resident_bytes peak_gpu_bytes")
+Outcome = collections.namedtuple(
+    "Outcome", "status started output peak_resident_bytes peak_private_bytes peak_gpu_bytes"
+)
 
 
 class RunFailed(Exception):
@@ -214,6 +216,21 @@ def environment_of(point):
     return {"OMP_NUM_THREADS": threads, **device, **os.environ, "HF_HUB_OFFLINE": "1"}
 
 
+def private_bytes(process):
+    """Resident bytes that are no pages of files, of a process (its id) or the largest of those that it has started.
+
+    0 if the process has ended, and where the system is not Linux.
+    """
+    folder = Path(f"/proc/{process}")
+    try:
+        status = (folder / "status").read_text()
+        started = (folder / f"task/{process}/children").read_text().split()  # torchrun's are those that train
+    except OSError:
+        return 0
+    own = sum(int(kibibytes) * 1024 for kibibytes in re.findall(r"Rss(?:Anon|Shmem):\s*(\d+) kB", status))
+    return max([own, *map(private_bytes, started)])
+
+
 def launch(command, environment, log):
     """Run a command to its end, with its output in the file `log` (Path). Returns an `Outcome`.
 
@@ -222,12 +239,16 @@ def launch(command, environment, log):
     """
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--loop-ms=250"]
     samples = log.with_suffix(".gpu")  # a line per GPU and sample, in MiB
+    peak_private, ended = 0, 0
     with log.open("wb") as output, samples.open("wb") as used:
         watcher = subprocess.Popen(query, stdout=used, stderr=subprocess.DEVNULL) if shutil.which(query[0]) else None
         started = time.time()
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
         try:
-            _, status, usage = os.wait4(process.pid, 0)
+            while not ended:
+                peak_private = max(peak_private, private_bytes(process.pid))
+                time.sleep(0.25)
+                ended, status, usage = os.wait4(process.pid, os.WNOHANG)
             process.returncode = os.waitstatus_to_exitcode(status)
         finally:
             for own in filter(None, (process, watcher)):
@@ -237,7 +258,7 @@ def launch(command, environment, log):
     mebibytes = [int(line) for line in samples.read_text().splitlines() if line.strip().isdigit()]
     text = log.read_text(encoding="utf-8", errors="replace")
     peak_gpu = max(mebibytes) * 2**20 if mebibytes else None
-    return Outcome(process.returncode, started, text, usage.ru_maxrss * 1024, peak_gpu)
+    return Outcome(process.returncode, started, text, usage.ru_maxrss * 1024, peak_private or None, peak_gpu)
 
 
 def public_command(command, variant, work):
@@ -263,6 +284,7 @@ def train(args, variant, point, steps, folders):
         **report.speed(marks, point.batch_size * point.processes),
         "first_step_seconds": updates[0][1] - outcome.started,
         "peak_resident_bytes": outcome.peak_resident_bytes,
+        "peak_private_bytes": outcome.peak_private_bytes,
         "peak_gpu_bytes": outcome.peak_gpu_bytes,
         "steps": steps,
         "losses": [[step, loss] for step, _, loss in updates],

@@ -15,6 +15,11 @@ POINT_WORDS = {
     "rows": "images in the data set",
     "processes": "processes",
 }
+PEAKS = {
+    "peak_resident_bytes": "peak resident, GiB",
+    "peak_private_bytes": "peak private, GiB",
+    "peak_gpu_bytes": "peak GPU, GiB",
+}
 GIB = 2**30
 COLOURS = ("#3b6fb6", "#d1652b", "#4d9a57", "#8c5fb0", "#b8a02e", "#5aa9b8", "#b2507f", "#707070", "#8a6a4f", "#20304a")
 GREY = "#666666"
@@ -112,13 +117,13 @@ def summary(key, groups, filled):
     if plain and first["kind"] == "lever" and first["variant"] != "plain":
         pairs = [loss_difference(run["losses"], plain[n]["losses"]) for n, run in rounds.items() if n in plain]
         difference = max((pair for pair in pairs if pair is not None), default=None)
-    names = ("images_per_second", "step_seconds", "first_step_seconds", "peak_resident_bytes", "peak_gpu_bytes")
+    names = ("images_per_second", "step_seconds", "first_step_seconds", "share_of_matmul_rate", *PEAKS)
     return {
         **dict(zip(POINT, point, strict=True)),
         "variant": key[3],
         "kind": first["kind"],
         "rounds": len(rounds),
-        **{name: median(name) for name in (*names, "share_of_matmul_rate")},
+        **{name: median(name) for name in names},
         "all_images_per_second": list(speeds[key].values()),
         "ratios": {base: values for base, values in ratios.items() if values},
         "fill_seconds": filled and filled - median("first_step_seconds"),
@@ -168,10 +173,9 @@ def columns_of(rows):
         ("s per step", lambda row: figure(row["step_seconds"])),
     ]
     columns += [(f"times {base}", lambda row, base=base: ratio_words(row["ratios"].get(base))) for base in bases]
-    gib = {"peak_resident_bytes": "peak resident, GiB", "peak_gpu_bytes": "peak GPU, GiB"}
     columns += [("s to first step", lambda row: figure(row["first_step_seconds"]))]
     columns += [("s to fill the cache", lambda row: figure(row["fill_seconds"]))]
-    columns += [(head, lambda row, name=name: figure(row[name] and row[name] / GIB)) for name, head in gib.items()]
+    columns += [(head, lambda row, name=name: figure(row[name] and row[name] / GIB)) for name, head in PEAKS.items()]
     columns += [
         ("GFLOP per image", lambda row: figure(row["flops_per_image"] / 1e9)),
         ("of matmul rate", lambda row: f"{row['share_of_matmul_rate']:.1%}"),
@@ -255,8 +259,13 @@ def draw_speed(rows, title, path):
         if swept:
             axis.set(xlabel=POINT_WORDS[swept[0]], ylabel=words)
             draw_lines(axis, rows, swept[0], names, value)
+            axis.set_ylim(0, 1.1 * max(value(row) for row in rows))
         else:
             draw_bars(axis, rows, value, dots=number == 0)
+    private = [row for row in rows if row["peak_private_bytes"] and not row["peak_gpu_bytes"]]
+    if swept and private:
+        axes[0][2].set_ylabel("peak memory, GiB; dashed: private")
+        draw_lines(axes[0][2], private, swept[0], names, lambda row: row["peak_private_bytes"] / GIB, "o--")
     if swept and len(names) > 1:
         axes[0][0].legend(frameon=False, fontsize=9)
     sheet.suptitle(title, fontsize=10)
@@ -277,14 +286,14 @@ def draw_bars(axis, rows, value, dots):
     axis.set_xlim(right=1.15 * axis.get_xlim()[1])
 
 
-def draw_lines(axis, rows, swept, names, value):
+def draw_lines(axis, rows, swept, names, value, style="o-"):
     """A line for each run over what was swept, on a logarithmic axis with a mark at every value."""
     for number, name in enumerate(names):
         own = [row for row in rows if row["variant"] == name]
         axis.plot(
             [row[swept] for row in own],
             [value(row) for row in own],
-            "o-",
+            style,
             color=COLOURS[number % len(COLOURS)],
             label=name,
         )
@@ -292,7 +301,6 @@ def draw_lines(axis, rows, swept, names, value):
     axis.set_xscale("log")
     axis.minorticks_off()
     axis.set_xticks(values, [f"{value:,}" for value in values])
-    axis.set_ylim(0, 1.1 * max(value(row) for row in rows))
 
 
 def draw_losses(rows, title, path):
