@@ -218,6 +218,10 @@ def check_args(parser, args):
         parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the logs' folder")
     if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # an error of the connection would quote it
         parser.error("argument --hub_token: it holds a blank, a line's end or a character outside ASCII")
+    if getattr(args, "optimizer_in_backward", False) and args.max_grad_norm < math.inf:
+        parser.error("argument --optimizer_in_backward: nothing can be clipped by then; add --max_grad_norm=inf")
+    if getattr(args, "optimizer_in_backward", False) and args.gradient_accumulation_steps > 1:
+        parser.error("argument --optimizer_in_backward: leaves no gradient to --gradient_accumulation_steps")
     check_cache_flags(parser, args)
     if not args.dataset_name and not args.train_data_dir and getattr(args, "generate", None) is None:
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
@@ -3176,8 +3180,8 @@ def check_disk_space(output_dir, checkpoint, result):
 def plan_course(args, batch_size, rows, first_step, examples_seen):
     """The update at which the run ends, and the position in its stream that comes after the last example."""
     examples_left = max(0, args.num_train_epochs * rows - examples_seen)
-    last_step = args.max_train_steps or first_step + math.ceil(examples_left / batch_size)
-    return last_step, examples_seen + max(0, last_step - first_step) * batch_size
+    last_step = max(first_step, args.max_train_steps or first_step + math.ceil(examples_left / batch_size))
+    return last_step, examples_seen + (last_step - first_step) * batch_size
 
 
 def end_process(status):
@@ -3303,7 +3307,7 @@ def main(args):
         return log_validation(images, trackers, args, step) if jax.process_index() == 0 else None
 
     # Loop.
-    steps = f"steps {first_step} to {max(first_step, last_step)}"
+    steps = f"steps {first_step} to {last_step}"
     devices = f"{jax.device_count()} {jax.devices()[0].platform} devices"
     logger.info(f"{len(dataset)} images, {batch_size} per step, {steps}, seed {seed}, on {devices}; compiling")
     log, agreement, stop = StepLog(trackers, args, first_step, last_step), SignalAgreement(mesh), 0

@@ -146,11 +146,19 @@ def parse_args(input_args=None):
     add("--adam_epsilon", type=float, default=1e-08, help="AdamW's epsilon")
     add("--use_8bit_adam", action="store_true", help="keep AdamW's state in 8 bits (bitsandbytes)")
     add("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm")
+    add("--optimizer_in_backward", action="store_true", help="update each weight once it has its gradient: less memory")
     add("--max_nonfinite_steps", type=int, help="stop at so many non-finite updates in a row; default: 1, with fp16 20")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: what accelerate is configured to")
     add("--allow_tf32", action="store_true", help="allow TF32 matrix products on NVIDIA GPUs: faster, coarser")
-    add("--compile", action="store_true", help="compile the trained model: minutes first, then maybe faster steps")
+    add("--half_precision_norms", action="store_true", help="normalise in the precision of --mixed_precision, too")
+    add(
+        "--compile",
+        nargs="?",
+        const="default",
+        choices=["default", "reduce-overhead"],
+        help="compile the trained model: minutes first, then maybe faster steps; reduce-overhead: with CUDA graphs",
+    )
     add("--local_rank", type=int, default=-1, help="accepted and not needed: the launcher tells each process its rank")
 
     add = parser.add_argument_group("EMA").add_argument
@@ -212,6 +220,10 @@ def check_args(parser, args):
         parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the logs' folder")
     if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # an error of the connection would quote it
         parser.error("argument --hub_token: it holds a blank, a line's end or a character outside ASCII")
+    if getattr(args, "optimizer_in_backward", False) and args.max_grad_norm < math.inf:
+        parser.error("argument --optimizer_in_backward: nothing can be clipped by then; add --max_grad_norm=inf")
+    if getattr(args, "optimizer_in_backward", False) and args.gradient_accumulation_steps > 1:
+        parser.error("argument --optimizer_in_backward: leaves no gradient to --gradient_accumulation_steps")
     check_cache_flags(parser, args)
     if not args.dataset_name and not args.train_data_dir and getattr(args, "generate", None) is None:
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
@@ -1648,6 +1660,11 @@ def make_accelerator(args):
         raise RunError("each process would train alone: on CPUs set ACCELERATE_USE_CPU=true for the launcher")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise RunError("--mixed_precision fp16: needs a GPU, a CPU has bf16")
+    if args.half_precision_norms and accelerator.mixed_precision == "no":
+        raise RunError("--half_precision_norms: needs --mixed_precision bf16 or fp16")
+    distributed = accelerator.distributed_type != DistributedType.NO
+    if args.optimizer_in_backward and (distributed or accelerator.mixed_precision == "fp16"):
+        raise RunError("--optimizer_in_backward: works in one process without torch.distributed, in bf16 or float32")
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     if args.allow_tf32:
@@ -1867,6 +1884,34 @@ def to_device(accelerator, model):
     return model.to(accelerator.device)
 
 
+def prepare_for_training(accelerator, args, model, blocks):
+    """Put the model on the device, its norms as --half_precision_norms says, and its `blocks` as --compile says."""
+    to_device(accelerator, model.train())
+    for module in model.modules() if args.half_precision_norms else ():
+        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+            module.forward = functools.partial(norm_in_half_precision, module)
+    for block in blocks if args.compile else ():
+        block.compile(mode=args.compile)  # one by one, which takes less time than the model as a whole
+
+
+def norm_in_half_precision(norm, hidden):
+    """A `GroupNorm` or `LayerNorm` that takes and gives the precision in which autocast has products of matrices.
+
+    Left to autocast, it takes and gives float32 on GPUs. Means and variances are summed in float32 either way.
+    """
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return type(norm).forward(norm, hidden)
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        hidden, weight, bias = (
+            value if value is None else value.to(dtype) for value in (hidden, norm.weight, norm.bias)
+        )
+        if isinstance(norm, torch.nn.GroupNorm):
+            return torch.nn.functional.group_norm(hidden, norm.num_groups, weight, bias, norm.eps)
+        return torch.nn.functional.layer_norm(hidden, norm.normalized_shape, weight, bias, norm.eps)
+
+
 def make_optimizer(args, parameters, device, scale):
     """AdamW with `scale` times the learning rate, in 8 bits or fused where the device (torch.device) has a kernel."""
     kernel = {"fused": device.type in ("cuda", "xpu", "mps", "cpu")}
@@ -1885,6 +1930,41 @@ def make_optimizer(args, parameters, device, scale):
         eps=args.adam_epsilon,
         **kernel,
     )
+
+
+class StepInBackward:
+    """Updates each parameter as soon as the backward pass has its gradient, which is then freed.
+
+    optimizer: a `torch.optim.Optimizer` with a single group of parameters. Each of its steps gets one of them.
+    """
+
+    def __init__(self, optimizer):
+        (self.group,), self.optimizer, self.norms = optimizer.param_groups, optimizer, []
+        for parameter in self.group["params"]:
+            parameter.register_post_accumulate_grad_hook(self.step)
+
+    def step(self, parameter):
+        """Take the gradient of `parameter` into it."""
+        self.norms.append(torch.linalg.vector_norm(parameter.grad))
+        parameters, self.group["params"] = self.group["params"], [parameter]
+        self.optimizer.step()
+        self.group["params"] = parameters
+        parameter.grad = None
+
+    def norm(self):
+        """The norm of all gradients since the last time, a tensor ()."""
+        norms, self.norms = self.norms, []
+        return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def make_clipping(accelerator, args, optimizer, model):
+    """A function that clips the gradient to --max_grad_norm, and returns its norm before that.
+
+    With --optimizer_in_backward it clips nothing, and the updates are then made by the backward pass.
+    """
+    if args.optimizer_in_backward:
+        return StepInBackward(optimizer.optimizer).norm
+    return functools.partial(accelerator.clip_grad_norm_, list(model.parameters()), args.max_grad_norm)
 
 
 def make_lr_scheduler(args, optimizer, first_step, last_step):
@@ -2000,8 +2080,8 @@ def check_disk_space(output_dir, checkpoint, result):
 def plan_course(args, batch_size, rows, first_step, examples_seen):
     """The update at which the run ends, and the position in its stream that comes after the last example."""
     examples_left = max(0, args.num_train_epochs * rows - examples_seen)
-    last_step = args.max_train_steps or first_step + math.ceil(examples_left / batch_size)
-    return last_step, examples_seen + max(0, last_step - first_step) * batch_size
+    last_step = max(first_step, args.max_train_steps or first_step + math.ceil(examples_left / batch_size))
+    return last_step, examples_seen + (last_step - first_step) * batch_size
 
 
 def save_pipeline(accelerator, pipeline, name, model, output_dir):
@@ -2102,9 +2182,7 @@ def main(args):
         check_same_course(checkpoint, run)
 
     # Optimizer.
-    to_device(accelerator, prior.train())
-    for block in prior.transformer_blocks if args.compile else ():
-        block.compile()  # one by one, which takes less time than the model as a whole
+    prepare_for_training(accelerator, args, prior, prior.transformer_blocks)
     clip_mean, clip_std = (value.requires_grad_(False).clone() for value in (prior.clip_mean, prior.clip_std))
     if args.gradient_checkpointing:
         checkpoint_blocks(prior)
@@ -2116,6 +2194,7 @@ def main(args):
     if checkpoint:
         load_optimizer(accelerator, optimizer, checkpoint)
     lr_scheduler = make_lr_scheduler(args, optimizer, first_step, last_step)
+    clip_gradient = make_clipping(accelerator, args, optimizer, prior)
 
     # All that can refuse the run without writing has spoken.
     repo_id = on_main_process(accelerator, prepare_hub_repository, args) if args.push_to_hub else args.hub_model_id
@@ -2131,12 +2210,13 @@ def main(args):
     start_trackers(accelerator, args, seed)
 
     # Loop.
-    steps = f"steps {first_step} to {max(first_step, last_step)}"
-    logger.info(f"{len(dataset)} images, {batch_size} per step, {steps}, seed {seed}")
+    logger.info(f"{len(dataset)} images, {batch_size} per step, steps {first_step} to {last_step}, seed {seed}")
     log, exchange, stop = UpdateLog(accelerator, args, first_step, last_step), SignalExchange(accelerator), 0
     batches = iter(train_dataloader)
     with noted_signals() as noted:
         for step in range(first_step + 1, last_step + 1):
+            if args.compile:
+                torch.compiler.cudagraph_mark_step_begin()  # what the last update's graphs have left may be overwritten
             examples, waited = [], 0
             for _ in range(args.gradient_accumulation_steps):
                 wait_started = time.perf_counter()
@@ -2148,7 +2228,7 @@ def main(args):
                     )
                     accelerator.backward(losses.mean())
                     if accelerator.sync_gradients:
-                        gradient_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
+                        gradient_norm = clip_gradient()
                     optimizer.step()
                     optimizer.zero_grad()
                 known = {"positions": batch["positions"], "timesteps": batch["timesteps"], "losses": losses.detach()}

@@ -44,6 +44,22 @@ def pipeline_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def folders(tmp_path_factory, pipeline_folder):
+    """The folders of pipelines by the flag that names them, for each PyTorch script."""
+    import tiny
+
+    prior, decoder = tmp_path_factory.mktemp("prior"), tmp_path_factory.mktemp("decoder")
+    tiny.make_kandinsky_prior(prior)
+    tiny.make_kandinsky_decoder(decoder)
+    of_prior = {"pretrained_prior_model_name_or_path": prior}
+    return {
+        "train_text_to_image": {"pretrained_model_name_or_path": pipeline_folder},
+        "train_text_to_image_prior": of_prior,
+        "train_text_to_image_decoder": {**of_prior, "pretrained_decoder_model_name_or_path": decoder},
+    }
+
+
+@pytest.fixture(scope="session")
 def images_folder(tmp_path_factory):
     import tiny
 

@@ -29,20 +29,6 @@ STABLE_DIFFUSION, PRIOR, DECODER = TRAINED
 every_script = pytest.mark.parametrize("script", TRAINED)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory, pipeline_folder):
-    """The folders of pipelines by the flag that names them, for each script."""
-    prior, decoder = tmp_path_factory.mktemp("prior"), tmp_path_factory.mktemp("decoder")
-    tiny.make_kandinsky_prior(prior)
-    tiny.make_kandinsky_decoder(decoder)
-    of_prior = {"pretrained_prior_model_name_or_path": prior}
-    return {
-        STABLE_DIFFUSION: {"pretrained_model_name_or_path": pipeline_folder},
-        PRIOR: of_prior,
-        DECODER: {**of_prior, "pretrained_decoder_model_name_or_path": decoder},
-    }
-
-
 @pytest.fixture
 def cached(folders, tmp_path):
     """Function of a script to the flags of a run with the cache, everything random that goes with it switched on."""
@@ -378,3 +364,6 @@ def test_the_encoders_are_on_the_device_only_to_encode_and_to_draw(script, cache
     run({**flags, "output_dir": flags["output_dir"] / "again"}, script)
     assert len(visits) == 1
     assert len(moved) == 4
+    drawing = {**folders[DECODER], **flags} if script == PRIOR else flags
+    run({**drawing, "validation_prompts": ["red dots"], "output_dir": flags["output_dir"] / "drawn"}, script)
+    assert len(visits) == 2  # the picture at the end

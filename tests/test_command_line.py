@@ -20,6 +20,7 @@ ALL_FLAGS = json.loads((ROOT / "tests" / "upstream_flags.json").read_text())
 UPSTREAM = ALL_FLAGS["train_text_to_image.py"]
 NEW = {"--proportion_empty_prompts", "--validation_steps", "--logging_steps"}
 NEW |= {"--check_data", "--skip_bad_images", "--max_nonfinite_steps", "--cache_encodings", "--compile"}
+NEW |= {"--half_precision_norms", "--optimizer_in_backward"}
 FASTER = {"--dataloader_num_workers"}  # with another default than upstream's, which changes the speed alone
 REQUIRED = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "images"]
 
@@ -117,6 +118,10 @@ def test_schedules(schedule):
         ("--mixed_precision fp8", "--mixed_precision: invalid choice"),
         ("--image_interpolation_mode best", "--image_interpolation_mode: invalid choice"),
         ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
+        ("--compile fastest", "--compile: invalid choice"),
+        ("--optimizer_in_backward", "--optimizer_in_backward: nothing can be clipped by then; add --max_grad_norm=inf"),
+        ("--optimizer_in_backward --max_grad_norm inf --gradient_accumulation_steps 2",
+         "--optimizer_in_backward: leaves no gradient to --gradient_accumulation_steps"),
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_right(words, message, capsys):

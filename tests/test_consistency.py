@@ -55,10 +55,11 @@ WITHOUT_EFFECT = {"local_rank", "foreach_ema", "from_pt"}
 # Ours beyond upstream's.
 NEW = {"proportion_empty_prompts", "validation_steps", "logging_steps"}
 NEW |= {"check_data", "skip_bad_images", "max_nonfinite_steps", "cache_encodings"}
+FASTER = {"compile", "half_precision_norms", "optimizer_in_backward"}  # or with less memory, where PyTorch trains
 NEW_FLAGS = {
-    "train_text_to_image.py": NEW | {"compile"},
-    "train_text_to_image_prior.py": NEW | {"gradient_checkpointing", "compile"},
-    "train_text_to_image_decoder.py": NEW | {"compile"},
+    "train_text_to_image.py": NEW | FASTER,
+    "train_text_to_image_prior.py": NEW | FASTER | {"gradient_checkpointing"},
+    "train_text_to_image_decoder.py": NEW | FASTER,
     # What the PyTorch script has and upstream's Flax script lacks, and three flags of its own.
     "train_text_to_image_flax.py": NEW
     | {"non_ema_revision", "image_interpolation_mode", "dataloader_num_workers", "prediction_type", "snr_gamma"}

@@ -2,21 +2,26 @@
 
 import ctypes
 import functools
+import importlib
 import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from conftest import ROOT, run
 from diffusers.training_utils import EMAModel
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_text_to_image
 from train_text_to_image import data_workers, update_ema
+
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+
+from without import norms_as_on_gpus
 
 every_script = pytest.mark.parametrize(
     "script", ["train_text_to_image", "train_text_to_image_prior", "train_text_to_image_decoder"]
@@ -98,12 +103,13 @@ def test_pixels_are_exact_on_the_device():
 
 
 class CountedReads(TorchDispatchMode):
-    """Counts how often a value of a tensor is read by Python, for which the CPU would wait for a GPU."""
+    """Counts how often a value of a tensor is read by Python or decides a shape: the CPU would wait for a GPU."""
 
+    waiting = [torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select]
     number = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += function is torch.ops.aten._local_scalar_dense.default
+        self.number += function.overloadpacket in self.waiting
         return function(*args, **kwargs or {})
 
 
@@ -129,29 +135,135 @@ def test_a_read_would_be_counted():
     with CountedReads() as counted:
         torch.ones(()).item()
         bool(torch.ones(()) > 0)
-    assert counted.number == 2
+        torch.ones(3).nonzero()
+        torch.ones(3).masked_select(torch.ones(3) > 0)
+    assert counted.number == 4
+
+
+def scalars_of(output, name):
+    """A value of every update, from the TensorBoard events of all runs into a folder."""
+    found = {}
+    for events in sorted((output / "logs").glob("*/events*")):
+        found |= {event.step: event.value for event in EventAccumulator(str(events)).Reload().Scalars(name)}
+    return [value for _, value in sorted(found.items())]
 
 
 def losses_of(output):
-    """The loss of every update, from the TensorBoard events of a run."""
-    (events,) = (output / "logs").glob("*/events*")
-    accumulator = EventAccumulator(str(events)).Reload()
-    return [event.value for event in accumulator.Scalars("train_loss")]
+    return scalars_of(output, "train_loss")
+
+
+@pytest.fixture
+def flags_of(folders, images_folder, tmp_path):
+    """Function of a script to the flags of a run of four updates, with the average."""
+
+    def of_script(script):
+        flags = {**folders[script], "train_data_dir": images_folder, "output_dir": tmp_path / "plain", "seed": 0}
+        flags |= {"train_batch_size": 2, "max_train_steps": 4, "lr_warmup_steps": 0, "use_ema": True}
+        return {**flags, "resolution": 32, "learning_rate": 1e-3}
+
+    return of_script
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compiled_the_losses_are_the_same(images_folder, tmp_path):
+@pytest.mark.parametrize("mode", [True, "reduce-overhead"])
+def test_compiled_the_losses_are_the_same(mode, flags_of, tmp_path):
     """And so is what lies in a checkpoint: the compiled blocks keep their names."""
-    tiny.make_kandinsky_prior(tmp_path / "prior")
-    flags = {"pretrained_prior_model_name_or_path": tmp_path / "prior", "train_data_dir": images_folder, "seed": 0}
-    flags |= {"train_batch_size": 2, "max_train_steps": 4, "lr_warmup_steps": 0, "use_ema": True}
-    run({**flags, "output_dir": tmp_path / "plain"}, "train_text_to_image_prior")
-    compiled = {**flags, "output_dir": tmp_path / "compiled", "compile": True, "checkpointing_steps": 2}
-    run(compiled, "train_text_to_image_prior")
+    script = "train_text_to_image_prior"
+    flags = flags_of(script)
+    run(flags, script)
+    compiled = {**flags, "output_dir": tmp_path / "compiled", "compile": mode, "checkpointing_steps": 2}
+    run(compiled, script)
     assert losses_of(tmp_path / "compiled") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-5)
     names = [sorted(path.name for path in (tmp_path / name / "prior").iterdir()) for name in ("plain", "compiled")]
     assert names[0] == names[1]
-    run(
-        {**flags, "output_dir": tmp_path / "compiled", "resume_from_checkpoint": "checkpoint-2"},
-        "train_text_to_image_prior",
-    )
+    run({**flags, "output_dir": tmp_path / "compiled", "resume_from_checkpoint": "checkpoint-2"}, script)
+
+
+def trained(output):
+    """{name: tensor} of the weights and averages in a run's last checkpoint, and the state of its optimizer."""
+    (checkpoint,) = output.glob("checkpoint-4")
+    weights = {str(path.relative_to(checkpoint)): load_file(path) for path in checkpoint.rglob("*.safetensors")}
+    state = torch.load(checkpoint / "optimizer.bin", weights_only=True)["state"]
+    return weights | {f"optimizer {number}": tensors for number, tensors in state.items()}
+
+
+@every_script
+@pytest.mark.parametrize("use_8bit_adam", [False, True])
+def test_updates_in_the_backward_pass_are_the_same_to_the_bit(script, use_8bit_adam, flags_of, tmp_path):
+    """Also of a run that has gone on from a checkpoint, and one that recomputes activations."""
+    flags = {**flags_of(script), "use_8bit_adam": use_8bit_adam, "max_grad_norm": "inf", "checkpointing_steps": 2}
+    run(flags, script)
+    own = {**flags, "output_dir": tmp_path / "own", "optimizer_in_backward": True, "gradient_checkpointing": True}
+    run({**own, "max_train_steps": 2}, script)
+    run({**own, "resume_from_checkpoint": "latest"}, script)
+    for name, expected in trained(tmp_path / "plain").items():
+        for key, value in trained(tmp_path / "own")[name].items():
+            torch.testing.assert_close(
+                value, expected[key], rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    assert losses_of(tmp_path / "own") == losses_of(tmp_path / "plain")
+    norms = [scalars_of(tmp_path / name, "grad_norm") for name in ("own", "plain")]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-6)
+    assert min(norms[0]) > 0
+
+
+@every_script
+def test_a_gradient_is_gone_when_the_next_one_comes(script):
+    """And the optimizer has its parameters again, for its state to be saved."""
+    module = importlib.import_module(script)
+    model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
+    optimizer = torch.optim.AdamW(model.parameters())
+    in_backward, alive = module.StepInBackward(optimizer), []
+    for parameter in model.parameters():
+        parameter.register_hook(lambda _: alive.append(sum(p.grad is not None for p in model.parameters())))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model(torch.ones(2, 4)).sum().backward()
+    assert alive == [0] * 6
+    assert all((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
+    assert optimizer.param_groups[0]["params"] == list(model.parameters())
+    assert in_backward.norm() > 0
+    assert in_backward.norms == []
+
+
+@every_script
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"half_precision_norms": True, "mixed_precision": "no"},
+        {"optimizer_in_backward": True, "max_grad_norm": "inf"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_lever_that_can_not_work_is_refused(script, changes, flags_of, monkeypatch):
+    """Norms without mixed precision, and updates in the backward pass of one of several processes."""
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module.Accelerator, "distributed_type", module.DistributedType.MULTI_CPU)
+    with pytest.raises(module.RunError, match="^--" + next(iter(changes))):
+        run({**flags_of(script), **changes}, script)
+
+
+@every_script
+@pytest.mark.parametrize("norm", [torch.nn.GroupNorm(4, 8), torch.nn.LayerNorm(8), torch.nn.LayerNorm(8, bias=False)])
+def test_norms_in_half_precision(script, norm):
+    """Within half a unit of bfloat16's last place, of 8 bits, of what float32 gives; and float32 without autocast."""
+    module = importlib.import_module(script)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 8, 8, generator=generator).bfloat16()
+    expected = norm(hidden.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module.norm_in_half_precision(norm, hidden)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=2**-16)
+    assert torch.equal(module.norm_in_half_precision(norm, hidden.float()), expected)
+
+
+@every_script
+def test_norms_in_half_precision_change_the_loss_by_a_rounding_error(script, flags_of, tmp_path):
+    """Against norms in float32, as autocast has them on GPUs: by less than a unit of bfloat16's last place."""
+    flags = {**flags_of(script), "mixed_precision": "bf16"}
+    with norms_as_on_gpus():
+        run(flags, script)
+        run({**flags, "output_dir": tmp_path / "half", "half_precision_norms": True}, script)
+    plain, half = np.array(losses_of(tmp_path / "plain")), np.array(losses_of(tmp_path / "half"))
+    assert (half != plain).any()
+    np.testing.assert_allclose(half, plain, rtol=2**-7)

@@ -49,6 +49,12 @@ LEVERS = {
     "cache-workers": {"flags": [*CACHE, *WORKERS], "cached": True},
     "compile": {"flags": ["--compile"]},
     "cache-compile": {"flags": [*CACHE, "--compile"], "cached": True},
+    "cuda-graphs": {"flags": ["--compile", "reduce-overhead"]},
+    "cache-cuda-graphs": {"flags": [*CACHE, "--compile", "reduce-overhead"], "cached": True},
+    "half-precision-norms": {"flags": ["--half_precision_norms"]},
+    "float32-norms": {"without": ["norms-of-cpus"]},  # on a CPU what GPUs do by themselves
+    "unclipped": {"flags": ["--max_grad_norm", "inf"]},
+    "optimizer-in-backward": {"flags": ["--max_grad_norm", "inf", "--optimizer_in_backward"]},
     "gradient-checkpointing": {"flags": ["--gradient_checkpointing"]},
     "8-bit-adamw": {"flags": ["--use_8bit_adam"]},
     "offloaded-average": {"flags": ["--offload_ema"]},
@@ -56,7 +62,7 @@ LEVERS = {
     "bare": {"without": list(without.LEVERS)},
     **{f"bare+{own}": {"without": [name for name in without.LEVERS if name != own]} for own in without.LEVERS},
 }
-ALONE = [name for name, lever in LEVERS.items() if "without" in lever]
+ALONE = [name for name in LEVERS if name.startswith("bare")]
 
 # A script with what is added to its flags, and taken away. known: the flags that its --help lists.
 Variant = collections.namedtuple("Variant", "name kind script known flags cached without")

@@ -5,12 +5,11 @@
 A step of the script is gone through in bfloat16 with tensors that have a shape but no content, and the bytes of all
 that are there at a time are added up: weights, gradients, moments, average, what the backward pass needs, frozen
 models. What a GPU takes on top is not in it: CUDA's own half gigabyte or so, work space of kernels, and gaps between
-tensors. The norms' inputs are kept in float32, as autocast has them on GPUs.
+tensors. The norms' inputs are kept in float32, as autocast has them on GPUs without --half_precision_norms.
 """
 
 import argparse
 import contextlib
-import functools
 import sys
 import weakref
 from pathlib import Path
@@ -18,8 +17,8 @@ from pathlib import Path
 import costs
 import sizes
 import torch
+import without
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -37,6 +36,13 @@ RUNS = {
         "bytes_of_moments": 2,
         "average": False,
     },
+    "--use_ema --offload_ema --gradient_checkpointing --use_8bit_adam --optimizer_in_backward --max_grad_norm=inf": {
+        "recomputed": True,
+        "bytes_of_moments": 2,
+        "average": False,
+        "freed_gradients": True,
+    },
+    "--use_ema --half_precision_norms": {"half_norms": True},
 }
 
 
@@ -61,28 +67,6 @@ class LiveBytes(TorchDispatchMode):
         return made
 
 
-@contextlib.contextmanager
-def norms_as_on_a_gpu():
-    """Have autocast on a CPU compute norms in float32, which it does on GPUs."""
-    own = {name: getattr(functional, name) for name in ("group_norm", "layer_norm")}
-
-    def in_float32(norm, *arguments, **named):
-        if not torch.is_autocast_enabled("cpu"):
-            return norm(*arguments, **named)
-        with torch.autocast("cpu", enabled=False):
-            arguments = [value.float() if isinstance(value, torch.Tensor) else value for value in arguments]
-            named = {key: value.float() if isinstance(value, torch.Tensor) else value for key, value in named.items()}
-            return norm(*arguments, **named)
-
-    try:
-        for name, norm in own.items():
-            setattr(functional, name, functools.partial(in_float32, norm))
-        yield
-    finally:
-        for name, norm in own.items():
-            setattr(functional, name, norm)
-
-
 def recompute(size, model):
     """--gradient_checkpointing, as the scripts do it."""
     if sizes.kind_of(size) != "prior":
@@ -93,12 +77,31 @@ def recompute(size, model):
     return checkpoint_blocks(model)
 
 
-def peak_bytes(size, batch_size=1, resolution=None, cached=False, recomputed=False, bytes_of_moments=8, average=True):
+def free_gradients(parameters):
+    """Let each gradient go as soon as it is there, as --optimizer_in_backward does."""
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+
+
+def peak_bytes(
+    size,
+    batch_size=1,
+    resolution=None,
+    *,
+    cached=False,
+    recomputed=False,
+    bytes_of_moments=8,
+    average=True,
+    freed_gradients=False,
+    half_norms=False,
+):
     """The most bytes that are there at a time in a training step of a size, in bfloat16.
 
-    cached: the frozen models are elsewhere; bytes_of_moments: for each weight; average: it is on the device.
+    cached: the frozen models are elsewhere; bytes_of_moments: for each weight; average: it is on the device;
+    freed_gradients: in the backward pass; half_norms: norms take and give bfloat16.
     """
-    with FakeTensorMode(), LiveBytes() as live, norms_as_on_a_gpu():
+    norms = contextlib.nullcontext() if half_norms else without.norms_as_on_gpus()
+    with FakeTensorMode(), LiveBytes() as live, norms:
         models = sizes.empty_models(size, device="cpu", frozen_dtype=torch.bfloat16, only_trained=cached)
         shape = {"batch_size": batch_size, "device": "cpu", "dtype": torch.bfloat16}
         calls = costs.inputs_of(size, models, resolution or sizes.SIZES[size][1], **shape)
@@ -107,6 +110,8 @@ def peak_bytes(size, batch_size=1, resolution=None, cached=False, recomputed=Fal
         if recomputed:
             recompute(size, model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if freed_gradients:
+            free_gradients(parameters)
         kept = [torch.empty_like(parameter) for parameter in parameters if average]
         kept += [torch.empty(bytes_of_moments * p.numel(), dtype=torch.uint8) for p in parameters]
         for _ in range(2):
@@ -139,7 +144,7 @@ def parse_args(input_args=None):
 def main(args):
     """Print a table of the sizes."""
     images = f"{args.batch_size} image{'s' * (args.batch_size > 1)}"
-    print(f"GiB of all tensors of a step with {images}, bfloat16, AdamW, gradients clipped.\n")
+    print(f"GiB of all tensors of a step with {images}, bfloat16, AdamW.\n")
     print(f"| flags | {' | '.join(args.size)} |")
     print("|---|" + "---|" * len(args.size))
     for flags, run in RUNS.items():
