@@ -45,35 +45,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import datasets
-import flax.serialization
-import grain
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-import orbax.checkpoint as ocp
-import PIL.Image
-import PIL.ImageOps
-from absl import flags as absl_flags
-from absl import logging as absl_logging
-from datasets.arrow_writer import ArrowWriter
-from flax import nnx
-from huggingface_hub import HfApi, ModelCardData, get_session, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import parse_ratelimit_headers
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from pyarrow import compute
-from safetensors import numpy as safetensors
-from tqdm.auto import tqdm
-
 logger = logging.getLogger(__name__)
 
 
@@ -242,6 +213,39 @@ def check_cache_flags(parser, args):
         if data and folder.is_relative_to(Path(data).resolve()):
             parser.error(f"argument --cache_encodings: must not lie in {flag}, among the images")
 
+
+# Before the imports below, which take seconds: --help and a wrong flag are answered at once.
+if __name__ == "__main__":
+    command_line = parse_args()
+
+import datasets
+import flax.serialization
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import PIL.Image
+import PIL.ImageOps
+from absl import flags as absl_flags
+from absl import logging as absl_logging
+from datasets.arrow_writer import ArrowWriter
+from flax import nnx
+from huggingface_hub import HfApi, ModelCardData, get_session, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from pyarrow import compute
+from safetensors import numpy as safetensors
+from tqdm.auto import tqdm
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
@@ -3364,7 +3368,7 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        main(command_line)
     except RunError as error:
         tqdm.write(f"error: {printable(str(error))}", file=sys.stderr)
         end_process(1)

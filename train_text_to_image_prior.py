@@ -40,43 +40,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-import datasets
-import diffusers
-import numpy as np
-import PIL.Image
-import PIL.ImageOps
-import torch
-import torchvision
-import transformers
-from accelerate import Accelerator, DataLoaderConfiguration, init_empty_weights
-from accelerate.utils import (
-    DistributedType,
-    InitProcessGroupKwargs,
-    LoggerType,
-    ProjectConfiguration,
-    broadcast_object_list,
-    gather_object,
-)
-from datasets.arrow_writer import ArrowWriter
-from diffusers import DDPMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipeline, PriorTransformer
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-from huggingface_hub import HfApi, ModelCardData, get_session
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from huggingface_hub.utils import parse_ratelimit_headers
-from pyarrow import compute
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torchvision.transforms import functional as transforms
-from tqdm.auto import tqdm
-from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
-
 logger = logging.getLogger(__name__)
 
 
@@ -106,6 +69,7 @@ def parse_args(input_args=None):
     """Read the flags of `input_args` (list of str; None: the command line). Impossible values end with status 2."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
+    trackers = ["all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"]
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_prior_model_name_or_path", default=PRIOR, help="prior pipeline: a folder or a Hub id")
@@ -178,7 +142,7 @@ def parse_args(input_args=None):
         "--logging_steps", type=int, default=10, help="updates from one reading of the loss to the next; all are logged"
     )
     add("--logging_dir", default="logs", help="folder of the TensorBoard logs, inside --output_dir")
-    add("--report_to", default="tensorboard", choices=LoggerType.list(), help="tracker, or all that are installed")
+    add("--report_to", default="tensorboard", choices=trackers, help="tracker, or all that are installed")
     add("--tracker_project_name", default="text2image-fine-tune", help="name of the project in the tracker")
 
     add = parser.add_argument_group("hub").add_argument
@@ -244,6 +208,47 @@ def check_cache_flags(parser, args):
         if data and folder.is_relative_to(Path(data).resolve()):
             parser.error(f"argument --cache_encodings: must not lie in {flag}, among the images")
 
+
+# Before the imports below, which take seconds: --help and a wrong flag are answered at once.
+if __name__ == "__main__":
+    command_line = parse_args()
+
+import datasets
+import diffusers
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+import torch
+import torchvision
+import transformers
+from accelerate import Accelerator, DataLoaderConfiguration, init_empty_weights
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    LoggerType,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
+from datasets.arrow_writer import ArrowWriter
+from diffusers import DDPMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipeline, PriorTransformer
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from huggingface_hub import HfApi, ModelCardData, get_session
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import parse_ratelimit_headers
+from pyarrow import compute
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torchvision.transforms import functional as transforms
+from tqdm.auto import tqdm
+from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
@@ -1644,6 +1649,8 @@ PATIENCE = timedelta(hours=2)  # how long processes wait for one that looks thro
 
 def make_accelerator(args):
     """The `Accelerator` that the flags and accelerate's configuration ask for. Raises RunError."""
+    if args.report_to not in LoggerType.list():
+        raise RunError(f"--report_to {args.report_to}: this accelerate knows only {', '.join(LoggerType.list())}")
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -2280,7 +2287,7 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(parse_args())
+        main(command_line)
     except RunError as error:
         line = str(error).rpartition("RunError: ")[2].strip()  # from a data worker it comes behind a traceback
         tqdm.write(f"error: {printable(line)}", file=sys.stderr)

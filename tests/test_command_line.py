@@ -4,12 +4,15 @@ import importlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import tiny
 import torch
+from accelerate.utils import LoggerType
 from conftest import ROOT, command_line, launch, run
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
@@ -77,6 +80,37 @@ def test_help_describes_every_flag(capsys):
     assert exit_.value.code == 0
     text = capsys.readouterr().out
     assert all(flag in text for flag in {*UPSTREAM, *NEW})
+
+
+@pytest.mark.parametrize("script", [name.removesuffix(".py") for name in ALL_FLAGS])
+def test_help_and_a_wrong_flag_are_answered_before_the_libraries_are_imported(script):
+    """By a Python without them, which gets no further with a command line that is right."""
+    bare, right = (sys.executable, "-I", "-S"), {"pretrained_model_name_or_path": "model", "train_data_dir": "images"}
+    right = {name: value for name, value in right.items() if f"--{name}" in ALL_FLAGS[f"{script}.py"]}
+    result = launch({"help": True}, bare, script)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "--output_dir" in result.stdout
+    for wrong, message in [({"no_such_flag": True}, "unrecognized arguments"), ({"seed": -1}, "must not be negative")]:
+        result = launch({**right, **wrong}, bare, script)
+        assert result.returncode == 2
+        assert message in result.stderr.splitlines()[-1]
+    result = launch(right, bare, script)
+    assert result.returncode == 1
+    assert "ModuleNotFoundError: No module named 'datasets'" in result.stderr
+
+
+@pytest.mark.parametrize("script", [name.removesuffix(".py") for name in ALL_FLAGS if "flax" not in name])
+def test_the_trackers_are_those_of_accelerate(script, capsys):
+    with pytest.raises(SystemExit):
+        importlib.import_module(script).parse_args(["--help"])
+    assert "--report_to {" + ",".join(LoggerType.list()) + "}" in capsys.readouterr().out
+
+
+def test_a_tracker_that_another_accelerate_does_not_know(flags, monkeypatch):
+    monkeypatch.setattr("train_text_to_image.LoggerType", SimpleNamespace(list=lambda: ["all", "tensorboard"]))
+    with pytest.raises(RunError, match="--report_to swanlab: this accelerate knows only all, tensorboard"):
+        run({**flags, "report_to": "swanlab"})
+    assert not flags["output_dir"].exists()
 
 
 def test_resume_with_no_value_means_latest():
