@@ -67,7 +67,8 @@ DECODER = "kandinsky-community/kandinsky-2-2-decoder"
 
 def parse_args(input_args=None):
     """Read the flags of `input_args` (list of str; None: the command line). Impossible values end with status 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s FLAGS (--help lists them)"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=raw)
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     trackers = ["all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"]
 

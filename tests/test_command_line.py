@@ -93,7 +93,8 @@ def test_help_and_a_wrong_flag_are_answered_before_the_libraries_are_imported(sc
     for wrong, message in [({"no_such_flag": True}, "unrecognized arguments"), ({"seed": -1}, "must not be negative")]:
         result = launch({**right, **wrong}, bare, script)
         assert result.returncode == 2
-        assert message in result.stderr.splitlines()[-1]
+        usage, line = result.stderr.splitlines()
+        assert message in line
     result = launch(right, bare, script)
     assert result.returncode == 1
     assert "ModuleNotFoundError: No module named 'datasets'" in result.stderr
