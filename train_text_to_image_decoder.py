@@ -155,6 +155,7 @@ def parse_args(input_args=None):
 
     args = parser.parse_args(input_args)
     check_args(parser, args)
+    check_lever_flags(parser, args)
     return args
 
 
@@ -187,13 +188,23 @@ def check_args(parser, args):
         parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the logs' folder")
     if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # an error of the connection would quote it
         parser.error("argument --hub_token: it holds a blank, a line's end or a character outside ASCII")
-    if getattr(args, "optimizer_in_backward", False) and args.max_grad_norm < math.inf:
-        parser.error("argument --optimizer_in_backward: nothing can be clipped by then; add --max_grad_norm=inf")
-    if getattr(args, "optimizer_in_backward", False) and args.gradient_accumulation_steps > 1:
-        parser.error("argument --optimizer_in_backward: leaves no gradient to --gradient_accumulation_steps")
     check_cache_flags(parser, args)
     if not args.dataset_name and not args.train_data_dir and getattr(args, "generate", None) is None:
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
+
+
+def check_lever_flags(parser, args):
+    """End with status 2 and one line if a flag for speed or memory can't go with another one."""
+    if args.half_precision_norms and args.mixed_precision == "no":
+        parser.error("argument --half_precision_norms: needs --mixed_precision bf16 or fp16")
+    if not args.optimizer_in_backward:
+        return
+    if args.max_grad_norm < math.inf:
+        parser.error("argument --optimizer_in_backward: nothing can be clipped by then; add --max_grad_norm=inf")
+    if args.gradient_accumulation_steps > 1:
+        parser.error("argument --optimizer_in_backward: leaves no gradient to --gradient_accumulation_steps")
+    if args.mixed_precision == "fp16":
+        parser.error("argument --optimizer_in_backward: does not work with fp16, whose gradients are scaled; take bf16")
 
 
 def check_cache_flags(parser, args):
@@ -1682,7 +1693,7 @@ def make_accelerator(args):
         raise RunError("--half_precision_norms: needs --mixed_precision bf16 or fp16")
     distributed = accelerator.distributed_type != DistributedType.NO
     if args.optimizer_in_backward and (distributed or accelerator.mixed_precision == "fp16"):
-        raise RunError("--optimizer_in_backward: works in one process without torch.distributed, in bf16 or float32")
+        raise RunError("--optimizer_in_backward: works in bf16 or float32, in one process that is not distributed")
     if accelerator.device.type == "cpu":
         keep_freed_memory()
     if args.allow_tf32:
@@ -1705,6 +1716,9 @@ def configure_sharding(accelerator, args):
     """Let DeepSpeed follow the flags, whatever accelerate is configured to. Raises RunError for what does not work."""
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise RunError("accelerate's configuration: of FSDP only version 2 works here; set fsdp_version: 2")
+    sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if sharded and args.compile == "reduce-overhead":
+        raise RunError("--compile reduce-overhead: CUDA graphs need weights that stay in their place; shard without it")
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         return
     if accelerator.mixed_precision != "no":
@@ -1916,8 +1930,10 @@ def to_device(accelerator, model):
 def prepare_for_training(accelerator, args, model, blocks):
     """Put the model on the device, its norms as --half_precision_norms says, and its `blocks` as --compile says."""
     to_device(accelerator, model.train())
+    if args.use_8bit_adam:
+        model.to(memory_format=torch.contiguous_format)  # bitsandbytes would make it so in the first update
     for module in model.modules() if args.half_precision_norms else ():
-        if isinstance(module, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+        if type(module) in (torch.nn.GroupNorm, torch.nn.LayerNorm):
             module.forward = functools.partial(norm_in_half_precision, module)
     for block in blocks if args.compile else ():
         block.compile(mode=args.compile)  # one by one, which takes less time than the model as a whole
@@ -1962,38 +1978,52 @@ def make_optimizer(args, parameters, device, scale):
 
 
 class StepInBackward:
-    """Updates each parameter as soon as the backward pass has its gradient, which is then freed.
+    """Updates parameters while the backward pass goes on to the others, and frees their gradients.
 
-    optimizer: a `torch.optim.Optimizer` with a single group of parameters. Each of its steps gets one of them.
+    optimizer: a `torch.optim.Optimizer` with one group of parameters. Each of its steps gets those of so many bytes of
+    gradients, for steps of single parameters would take the CPU longer than a GPU.
     """
 
-    def __init__(self, optimizer):
-        (self.group,), self.optimizer, self.norms = optimizer.param_groups, optimizer, []
-        for parameter in self.group["params"]:
-            parameter.register_post_accumulate_grad_hook(self.step)
+    enough = 2**26
 
-    def step(self, parameter):
-        """Take the gradient of `parameter` into it."""
-        self.norms.append(torch.linalg.vector_norm(parameter.grad))
-        parameters, self.group["params"] = self.group["params"], [parameter]
+    def __init__(self, optimizer):
+        self.optimizer, (self.group,) = optimizer, optimizer.param_groups
+        self.ready, self.norms = [], []
+        for parameter in self.group["params"]:
+            parameter.register_post_accumulate_grad_hook(self.take)
+
+    def take(self, parameter):
+        """Note that `parameter` has its gradient."""
+        self.ready.append(parameter)
+        if sum(parameter.grad.nbytes for parameter in self.ready) >= self.enough:
+            self.step()
+
+    def step(self):
+        """Update the parameters that have their gradients."""
+        self.norms += torch._foreach_norm([parameter.grad for parameter in self.ready])
+        parameters, self.group["params"] = self.group["params"], self.ready
         self.optimizer.step()
         self.group["params"] = parameters
-        parameter.grad = None
+        for parameter in self.ready:
+            parameter.grad = None
+        self.ready = []
 
-    def norm(self):
-        """The norm of all gradients since the last time, a tensor ()."""
+    def finish(self):
+        """Update what is left after a backward pass. Returns the norm of its whole gradient, a tensor ()."""
+        if self.ready:
+            self.step()
         norms, self.norms = self.norms, []
         return torch.linalg.vector_norm(torch.stack(norms))
 
 
-def make_clipping(accelerator, args, optimizer, model):
-    """A function that clips the gradient to --max_grad_norm, and returns its norm before that.
+def clip_gradient(accelerator, args, model, in_backward):
+    """Clip the whole gradient to --max_grad_norm. Returns its norm before that, a tensor ().
 
-    With --optimizer_in_backward it clips nothing, and the updates are then made by the backward pass.
+    in_backward: None, or a `StepInBackward`, which clips nothing and leaves no gradient to the optimizer.
     """
-    if args.optimizer_in_backward:
-        return StepInBackward(optimizer.optimizer).norm
-    return functools.partial(accelerator.clip_grad_norm_, list(model.parameters()), args.max_grad_norm)
+    if in_backward:
+        return in_backward.finish()
+    return accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
 
 
 def make_lr_scheduler(args, optimizer, first_step, last_step):
@@ -2217,7 +2247,7 @@ def main(args):
     if checkpoint:
         load_optimizer(accelerator, optimizer, checkpoint)
     lr_scheduler = make_lr_scheduler(args, optimizer, first_step, last_step)
-    clip_gradient = make_clipping(accelerator, args, optimizer, unet)
+    in_backward = StepInBackward(optimizer.optimizer) if args.optimizer_in_backward else None
 
     # All that can refuse the run without writing has spoken.
     repo_id = on_main_process(accelerator, prepare_hub_repository, args) if args.push_to_hub else args.hub_model_id
@@ -2242,7 +2272,7 @@ def main(args):
     with noted_signals() as noted:
         for step in range(first_step + 1, last_step + 1):
             if args.compile:
-                torch.compiler.cudagraph_mark_step_begin()  # what the last update's graphs have left may be overwritten
+                torch.compiler.cudagraph_mark_step_begin()  # within an update, CUDA graphs hold its gradients
             examples, waited = [], 0
             for _ in range(args.gradient_accumulation_steps):
                 wait_started = time.perf_counter()
@@ -2254,7 +2284,7 @@ def main(args):
                     )
                     accelerator.backward(losses.mean())
                     if accelerator.sync_gradients:
-                        gradient_norm = clip_gradient()
+                        gradient_norm = clip_gradient(accelerator, args, unet, in_backward)
                     optimizer.step()
                     optimizer.zero_grad()
                 known = {"positions": batch["positions"], "timesteps": batch["timesteps"], "losses": losses.detach()}

@@ -189,10 +189,6 @@ def check_args(parser, args):
         parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the logs' folder")
     if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # an error of the connection would quote it
         parser.error("argument --hub_token: it holds a blank, a line's end or a character outside ASCII")
-    if getattr(args, "optimizer_in_backward", False) and args.max_grad_norm < math.inf:
-        parser.error("argument --optimizer_in_backward: nothing can be clipped by then; add --max_grad_norm=inf")
-    if getattr(args, "optimizer_in_backward", False) and args.gradient_accumulation_steps > 1:
-        parser.error("argument --optimizer_in_backward: leaves no gradient to --gradient_accumulation_steps")
     check_cache_flags(parser, args)
     if not args.dataset_name and not args.train_data_dir and getattr(args, "generate", None) is None:
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")

@@ -154,9 +154,6 @@ def test_schedules(schedule):
         ("--image_interpolation_mode best", "--image_interpolation_mode: invalid choice"),
         ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
         ("--compile fastest", "--compile: invalid choice"),
-        ("--optimizer_in_backward", "--optimizer_in_backward: nothing can be clipped by then; add --max_grad_norm=inf"),
-        ("--optimizer_in_backward --max_grad_norm inf --gradient_accumulation_steps 2",
-         "--optimizer_in_backward: leaves no gradient to --gradient_accumulation_steps"),
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_right(words, message, capsys):

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, command_line, run
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -165,13 +165,13 @@ def flags_of(folders, images_folder, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("mode", [True, "reduce-overhead"])
-def test_compiled_the_losses_are_the_same(mode, flags_of, tmp_path):
+@pytest.mark.parametrize("changes", [{"compile": True}, {"compile": "reduce-overhead", "optimizer_in_backward": True}])
+def test_compiled_the_losses_are_the_same(changes, flags_of, tmp_path):
     """And so is what lies in a checkpoint: the compiled blocks keep their names."""
     script = "train_text_to_image_prior"
-    flags = flags_of(script)
+    flags = {**flags_of(script), "max_grad_norm": "inf"}
     run(flags, script)
-    compiled = {**flags, "output_dir": tmp_path / "compiled", "compile": mode, "checkpointing_steps": 2}
+    compiled = {**flags, **changes, "output_dir": tmp_path / "compiled", "checkpointing_steps": 2}
     run(compiled, script)
     assert losses_of(tmp_path / "compiled") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-5)
     names = [sorted(path.name for path in (tmp_path / name / "prior").iterdir()) for name in ("plain", "compiled")]
@@ -189,8 +189,9 @@ def trained(output):
 
 @every_script
 @pytest.mark.parametrize("use_8bit_adam", [False, True])
-def test_updates_in_the_backward_pass_are_the_same_to_the_bit(script, use_8bit_adam, flags_of, tmp_path):
+def test_updates_in_the_backward_pass_are_the_same_to_the_bit(script, use_8bit_adam, flags_of, tmp_path, monkeypatch):
     """Also of a run that has gone on from a checkpoint, and one that recomputes activations."""
+    monkeypatch.setattr(importlib.import_module(script).StepInBackward, "enough", 4096)  # so that there are many steps
     flags = {**flags_of(script), "use_8bit_adam": use_8bit_adam, "max_grad_norm": "inf", "checkpointing_steps": 2}
     run(flags, script)
     own = {**flags, "output_dir": tmp_path / "own", "optimizer_in_backward": True, "gradient_checkpointing": True}
@@ -208,38 +209,74 @@ def test_updates_in_the_backward_pass_are_the_same_to_the_bit(script, use_8bit_a
 
 
 @every_script
-def test_a_gradient_is_gone_when_the_next_one_comes(script):
-    """And the optimizer has its parameters again, for its state to be saved."""
+def test_gradients_are_freed_while_the_backward_pass_goes_on(script):
+    """At the most 64 MB and the one that makes them so many; the optimizer has all its parameters afterwards."""
     module = importlib.import_module(script)
-    model = torch.nn.Sequential(*[torch.nn.Linear(4, 4) for _ in range(3)])
-    optimizer = torch.optim.AdamW(model.parameters())
+    model = torch.nn.Sequential(*[torch.nn.Linear(2048, 2048, bias=False) for _ in range(12)])  # 16 MB each
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     in_backward, alive = module.StepInBackward(optimizer), []
     for parameter in model.parameters():
         parameter.register_hook(lambda _: alive.append(sum(p.grad is not None for p in model.parameters())))
     before = [parameter.detach().clone() for parameter in model.parameters()]
-    model(torch.ones(2, 4)).sum().backward()
-    assert alive == [0] * 6
-    assert all((old != new).any() for old, new in zip(before, model.parameters(), strict=True))
+    model(torch.ones(1, 2048)).sum().backward()
+    assert alive == [0, 1, 2, 3] * 3
+    norm = in_backward.finish()
+    changes = [old - new for old, new in zip(before, model.parameters(), strict=True)]
+    expected = torch.linalg.vector_norm(torch.stack([change.norm() for change in changes]))
+    torch.testing.assert_close(norm, expected, rtol=1e-4, atol=0)
+    assert all(change.any() for change in changes)
+    assert all(parameter.grad is None for parameter in model.parameters())
     assert optimizer.param_groups[0]["params"] == list(model.parameters())
-    assert in_backward.norm() > 0
-    assert in_backward.norms == []
 
 
 @every_script
 @pytest.mark.parametrize(
-    "changes",
+    ("words", "message"),
     [
-        {"half_precision_norms": True, "mixed_precision": "no"},
-        {"optimizer_in_backward": True, "max_grad_norm": "inf"},
+        ("--half_precision_norms --mixed_precision no", "--half_precision_norms: needs --mixed_precision bf16 or fp16"),
+        ("--optimizer_in_backward", "--optimizer_in_backward: nothing can be clipped by then; add --max_grad_norm=inf"),
+        ("--optimizer_in_backward --max_grad_norm inf --gradient_accumulation_steps 2", "leaves no gradient to"),
+        ("--optimizer_in_backward --max_grad_norm inf --mixed_precision fp16", "does not work with fp16"),
     ],
-    ids=lambda changes: next(iter(changes)),
 )
-def test_a_lever_that_can_not_work_is_refused(script, changes, flags_of, monkeypatch):
-    """Norms without mixed precision, and updates in the backward pass of one of several processes."""
+def test_levers_that_exclude_each_other(script, words, message, flags_of, capsys):
     module = importlib.import_module(script)
-    monkeypatch.setattr(module.Accelerator, "distributed_type", module.DistributedType.MULTI_CPU)
+    with pytest.raises(SystemExit) as exit_:
+        module.parse_args([*command_line(flags_of(script)), *words.split()])
+    assert exit_.value.code == 2
+    usage, line = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@every_script
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [
+        ({"half_precision_norms": True}, "NO"),
+        ({"optimizer_in_backward": True, "max_grad_norm": "inf"}, "MULTI_CPU"),
+        ({"compile": "reduce-overhead"}, "FSDP"),
+    ],
+)
+def test_levers_that_accelerate_s_configuration_excludes(script, changes, kind, flags_of, monkeypatch):
+    module = importlib.import_module(script)
+    monkeypatch.setattr(module.Accelerator, "distributed_type", module.DistributedType[kind])
+    monkeypatch.setattr(module.Accelerator, "is_fsdp2", True)
     with pytest.raises(module.RunError, match="^--" + next(iter(changes))):
         run({**flags_of(script), **changes}, script)
+
+
+@every_script
+def test_weights_have_the_layout_in_which_bitsandbytes_leaves_them(script, flags_of, monkeypatch):
+    """Else the first update would change it behind what is compiled, and behind the average."""
+    module, flags = importlib.import_module(script), command_line(flags_of(script))
+    model = torch.nn.Conv2d(8, 8, 3)
+    monkeypatch.setattr(
+        module, "to_device", lambda _, model: model.to(memory_format=torch.channels_last)
+    )  # as on a GPU
+    module.prepare_for_training(None, module.parse_args(flags), model, ())
+    assert not model.weight.is_contiguous()
+    module.prepare_for_training(None, module.parse_args([*flags, "--use_8bit_adam"]), model, ())
+    assert model.weight.is_contiguous()
 
 
 @every_script

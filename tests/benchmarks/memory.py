@@ -10,6 +10,7 @@ tensors. The norms' inputs are kept in float32, as autocast has them on GPUs wit
 
 import argparse
 import contextlib
+import importlib
 import sys
 import weakref
 from pathlib import Path
@@ -31,6 +32,11 @@ RUNS = {
     "--use_ema --cache_encodings": {"cached": True},
     "--use_ema --gradient_checkpointing": {"recomputed": True},
     "--use_ema --gradient_checkpointing --use_8bit_adam": {"recomputed": True, "bytes_of_moments": 2},
+    "--use_ema --gradient_checkpointing --use_8bit_adam --optimizer_in_backward --max_grad_norm=inf": {
+        "recomputed": True,
+        "bytes_of_moments": 2,
+        "freed_gradients": True,
+    },
     "--use_ema --offload_ema --gradient_checkpointing --use_8bit_adam": {
         "recomputed": True,
         "bytes_of_moments": 2,
@@ -67,20 +73,27 @@ class LiveBytes(TorchDispatchMode):
         return made
 
 
+def script_of(size):
+    """The module of the script that trains a size."""
+    sys.path.insert(0, str(ROOT))
+    return importlib.import_module(sizes.SIZES[size][0].removesuffix(".py"))
+
+
 def recompute(size, model):
     """--gradient_checkpointing, as the scripts do it."""
     if sizes.kind_of(size) != "prior":
         return model.enable_gradient_checkpointing()
-    sys.path.insert(0, str(ROOT))
-    from train_text_to_image_prior import checkpoint_blocks
-
-    return checkpoint_blocks(model)
+    return script_of(size).checkpoint_blocks(model)
 
 
-def free_gradients(parameters):
-    """Let each gradient go as soon as it is there, as --optimizer_in_backward does."""
-    for parameter in parameters:
-        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+class NoStep:
+    """An optimizer that takes the gradients and does nothing."""
+
+    def __init__(self, parameters):
+        self.param_groups = [{"params": parameters}]
+
+    def step(self):
+        pass
 
 
 def peak_bytes(
@@ -110,8 +123,7 @@ def peak_bytes(
         if recomputed:
             recompute(size, model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        if freed_gradients:
-            free_gradients(parameters)
+        in_backward = script_of(size).StepInBackward(NoStep(parameters)) if freed_gradients else None
         kept = [torch.empty_like(parameter) for parameter in parameters if average]
         kept += [torch.empty(bytes_of_moments * p.numel(), dtype=torch.uint8) for p in parameters]
         for _ in range(2):
@@ -121,10 +133,10 @@ def peak_bytes(
                 loss = costs.called(*calls[trained])[0].float().square().mean()
             del made
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = in_backward.finish() if in_backward else torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for parameter in parameters:
                 parameter.grad = None
-        del kept
+        del kept, norm
     return live.peak
 
 
