@@ -75,11 +75,12 @@ def slow_down(module):
 
 
 def run_slowly(script, words):
-    """Import a script, slow it down, and do what stands under its `if __name__ == "__main__"`."""
+    """Import a script, slow it down, and do what stands under its two `if __name__ == "__main__"`."""
     sys.path.insert(0, str(ROOT))
     path = ROOT / f"{script}.py"
     sys.argv = [str(path), *words]
     module = importlib.import_module(script)
+    module.command_line = module.parse_args()
     slow_down(module)
     last = ast.parse(path.read_text()).body[-1]
     assert ast.unparse(last).startswith("if __name__ == '__main__':")

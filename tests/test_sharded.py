@@ -188,9 +188,10 @@ def test_a_sharded_checkpoint_is_not_taken_for_another(sharded, common_flags, tm
 
 
 def test_what_does_not_work_is_refused():
+    args = SimpleNamespace(compile=None)
     first_version = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=False)
     with pytest.raises(RunError, match="set fsdp_version: 2"):
-        configure_sharding(first_version, None)
+        configure_sharding(first_version, args)
     mixed = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, is_fsdp2=False, mixed_precision="bf16")
     with pytest.raises(RunError, match="DeepSpeed works here in full precision only"):
-        configure_sharding(mixed, None)
+        configure_sharding(mixed, args)
