@@ -946,19 +946,35 @@ def encoded_batches(args, source, encodings, models, weights):
             yield batch["rows"], {name: versions_of(name, made[name], batch) for name in encodings}
 
 
-def write_encodings(args, folder, source, digests, encodings, models, weights):
-    """Write the encodings of this process's rows, an `EncoderInputs`, to `folder`. Raises RunError or RunStopped."""
+FAILED = 2**16  # where otherwise the number of a signal is agreed upon: larger than them
+
+
+def write_encodings(args, folder, source, digests, encodings, models, weights, steps):
+    """Write the encodings of this process's rows, an `EncoderInputs`, to `folder`. Raises RunError or RunStopped.
+
+    steps: the largest number of batches that a process has. If one fails or is to stop, all end after their next batch.
+    """
     digests = np.append(digests, digest_of("empty"))
     batches = encoded_batches(args, source, encodings, models, weights)
     progress_bar = tqdm(total=source.images, desc="encoding", unit="image", disable=jax.process_index() != 0)
     writer = EncodingsWriter(folder, encodings)
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    agreement, failure, stop = SignalAgreement(mesh), None, 0
     with contextlib.closing(batches), noted_signals() as noted, progress_bar, writer:
-        for rows, made in batches if len(source) else ():
-            made = {name: [[version.tobytes() for version in row] for row in made[name]] for name in encodings}
-            writer.add([digests[row] for row in rows], made)
-            progress_bar.update(sum(row < len(source.dataset) for row in rows))
-            if noted:
-                raise RunStopped(noted[0], "while encoding; the same command goes on")
+        for _ in range(steps + 1):  # the last one only to agree
+            try:
+                for rows, made in itertools.islice(batches, 0 if failure or not len(source) else 1):
+                    made = {name: [[version.tobytes() for version in row] for row in made[name]] for name in encodings}
+                    writer.add([digests[row] for row in rows], made)
+                    progress_bar.update(sum(row < len(source.dataset) for row in rows))
+            except RunError as error:
+                failure = error
+            if stop := agreement.after_update([FAILED] if failure else noted):
+                break
+    if failure:
+        raise failure
+    if stop and stop != FAILED:
+        raise RunStopped(stop, "while encoding; the same command goes on")
 
 
 def cached_rows(args, dataset, encodings, settings, inputs, models, weights):
@@ -975,7 +991,8 @@ def cached_rows(args, dataset, encodings, settings, inputs, models, weights):
     if missing:
         own = missing[jax.process_index() :: jax.process_count()]
         source = EncoderInputs(dataset, own, inputs)
-        on_all_processes(folder, write_encodings, args, folder, source, digests, encodings, models, weights)
+        steps = math.ceil(len(missing) / jax.device_count() / args.train_batch_size)
+        on_all_processes(folder, write_encodings, args, folder, source, digests, encodings, models, weights, steps)
     rows = EncodedRows(folder, digests)
     if len(rows.missing):
         raise RunError(f"--cache_encodings {folder}: has to be on a disk that all processes see")

@@ -1,7 +1,6 @@
 """--cache_encodings: the same training, with each encoding made once and none taken for another."""
 
 import importlib
-import io
 import itertools
 import json
 import os
@@ -221,13 +220,8 @@ def test_two_processes_fill_it_together(cached, tmp_path):
 
 def test_a_process_that_fails_while_encoding_ends_the_other_which_keeps_what_it_made(cached, tmp_path):
     """Process 1 at its first image, where process 0 has 1,500 to encode: that one is ended, and not waited for."""
-    image = io.BytesIO()
-    Image.new("RGB", (32, 32), "red").save(image, "PNG")
-    bad_rows = {"image": [{"bytes": image.getvalue(), "path": None}] * 3000, "text": ["red dots"] * 3000}
-    bad_rows["image"][1] = {"bytes": b"no picture", "path": None}
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    datasets.Dataset.from_dict(bad_rows, features=features).save_to_disk(str(tmp_path / "saved"))
-    flags = {**cached(STABLE_DIFFUSION), "train_data_dir": None, "dataset_name": tmp_path / "saved"}
+    saved = tiny.save_rows(tmp_path / "saved", 3000, bad=1)
+    flags = {**cached(STABLE_DIFFUSION), "train_data_dir": None, "dataset_name": saved}
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     result = launch(flags, launcher=torchrun, ACCELERATE_USE_CPU="true")
     assert result.returncode == 1

@@ -8,7 +8,6 @@ import importlib
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,16 @@ from types import SimpleNamespace
 import faults
 import pytest
 from conftest import ROOT, command_line, run
-from faults import SCRIPTS, TRAINED, Process, check_checkpoints, difference_of_runs, flags_of_run, largest_difference
+from faults import (
+    SCRIPTS,
+    TRAINED,
+    Process,
+    check_checkpoints,
+    difference_of_runs,
+    flags_of_run,
+    jax_places,
+    largest_difference,
+)
 
 STABLE_DIFFUSION, PRIOR, DECODER, FLAX = SCRIPTS
 STEPS = 16
@@ -270,17 +278,10 @@ def test_a_signal_to_one_of_two_processes_stops_both_after_the_same_step(whole, 
 
 def test_a_signal_to_one_of_two_processes_in_jax_stops_both_after_the_same_step(whole, tmp_path):
     flags = {**whole(FLAX).flags, "checkpointing_steps": 1000, "output_dir": tmp_path / "output"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-
-    def start(index):
-        places = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
-        return Process(FLAX, flags, tmp_path / f"stderr-{index}", slow=True, **places)
-
-    with start(0) as first, start(1) as second:
+    processes = [Process(FLAX, flags, tmp_path / f"stderr-{k}", True, **place) for k, place in enumerate(jax_places())]
+    with processes[0] as first, processes[1] as second:
         send_in_loop(first, signal.SIGTERM, second.popen.pid)
-        statuses = [process.wait() for process in (first, second)]
+        statuses = [process.wait() for process in processes]
     assert statuses == [128 + signal.SIGTERM] * 2, first.said() + second.said()
     steps = re.findall(r"WARNING stopped by SIGTERM after step (\d+); ", first.said() + second.said(), re.MULTILINE)
     assert len(steps) in (1, 2)

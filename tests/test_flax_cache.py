@@ -9,14 +9,16 @@ import signal
 import time
 from types import SimpleNamespace
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from conftest import command_line
+from faults import Process, jax_places
 from safetensors.numpy import load_file, save_file
-from test_flax_training import WEIGHTS, after_step, launch_two, run_code, same_tensors, train
+from test_flax_training import SCRIPT, WEIGHTS, after_step, launch_two, run_code, same_tensors, train
 from test_training import losses_of, unet_of
 
 import train_text_to_image_flax as script
@@ -160,6 +162,37 @@ def test_two_processes_encode_a_share_each(flags, tmp_path, written):
         for name in ("moments", "text_states"):
             arrays = ([np.frombuffer(value, np.float32) for value in rows[row][name]] for rows in (ours, theirs))
             np.testing.assert_allclose(*arrays, rtol=1e-4, atol=1e-5)
+
+
+def test_a_process_that_fails_while_encoding_ends_the_other_which_keeps_what_it_made(flags, tmp_path):
+    """Process 1 at its first image, where process 0 has 500 to encode."""
+    saved = tiny.save_rows(tmp_path / "saved", 1000, bad=1)
+    flags |= {"train_data_dir": None, "dataset_name": saved, "train_batch_size": 1}
+    for status, stderr in launch_two(flags, tmp_path):
+        assert status == 1
+        assert len(re.findall("error: row 1: image .*cannot be read", stderr)) == 1
+    (folder,) = folders_in(flags)
+    (made,) = (len(datasets.Dataset.from_file(str(path))) for path in folder.glob("part-*.arrow"))
+    assert 0 < made < 10
+
+
+def test_a_signal_to_one_process_while_encoding_stops_both_which_keep_what_they_made(flags, tmp_path):
+    saved = tiny.save_rows(tmp_path / "saved", 2000)
+    flags |= {"train_data_dir": None, "dataset_name": saved, "train_batch_size": 1, "output_dir": tmp_path / "output"}
+    processes = [
+        Process(SCRIPT, flags, tmp_path / f"stderr-{index}", **place) for index, place in enumerate(jax_places())
+    ]
+    with processes[0] as first, processes[1] as second:
+        assert first.until(lambda: re.search(r"encoding: .* [1-9]\d*/1000 ", first.said()))
+        os.kill(second.popen.pid, signal.SIGTERM)
+        statuses = [process.wait() for process in processes]
+    assert statuses == [128 + signal.SIGTERM] * 2, first.said() + second.said()
+    assert "stopped by SIGTERM while encoding; the same command goes on" in first.said()
+    (folder,) = folders_in(flags)
+    made = [len(datasets.Dataset.from_file(str(path))) for path in folder.glob("part-*.arrow")]
+    assert len(made) == 2
+    assert max(made) - min(made) < 2
+    assert max(made) < 1000
 
 
 # What is encoded ------------------------------------------------------------------------------------------------------

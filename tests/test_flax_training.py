@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -26,6 +25,7 @@ import transformers
 from conftest import ROOT, command_line, launch, run
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from faults import jax_places
 from hub import Hub
 from safetensors.torch import load_file
 from test_checkpoints import names_in
@@ -634,15 +634,11 @@ def test_a_spread_checkpoint_of_four_devices_resumes_on_one(one_device, four_dev
 
 
 def launch_two(flags, folder):
-    """Run the script in two processes that meet on the loopback. Returns [(status, stderr)] of both."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    """Run the script in two processes. Returns [(status, stderr)] of both."""
     command, processes = [sys.executable, str(ROOT / f"{SCRIPT}.py"), *command_line(flags)], []
-    for index in range(2):
-        environment = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": str(index)}
+    for index, place in enumerate(jax_places()):
         with (folder / f"stderr-{index}").open("w") as stderr:
-            processes.append(subprocess.Popen(command, stderr=stderr, env={**os.environ, **environment}))
+            processes.append(subprocess.Popen(command, stderr=stderr, env={**os.environ, **place}))
     try:
         statuses = [process.wait(timeout=200) for process in processes]
     finally:

@@ -1,8 +1,10 @@
 """Random tiny checkpoints and captioned images, made offline in a second, for tests of what does not depend on size."""
 
+import io
 import json
 from pathlib import Path
 
+import datasets
 import numpy as np
 import torch
 from diffusers import (
@@ -212,4 +214,16 @@ def make_images(folder, number=8, caption_lists=False, seed=0, largest=2 * RESOL
         caption = f"a picture of {name} dots"
         rows.append({"file_name": f"{index}.png", "text": [caption, f"{name} bars"] if caption_lists else caption})
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def save_rows(folder, number, bad=None):
+    """Save a data set that holds its images itself: `number` red squares, number `bad` is none. Returns `folder`."""
+    image = io.BytesIO()
+    Image.new("RGB", (RESOLUTION, RESOLUTION), "red").save(image, "PNG")
+    rows = {"image": [{"bytes": image.getvalue(), "path": None}] * number, "text": ["red dots"] * number}
+    if bad is not None:
+        rows["image"][bad] = {"bytes": b"no picture", "path": None}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(folder))
     return folder
