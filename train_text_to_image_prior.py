@@ -791,7 +791,7 @@ def rows_to_encode(args, folder, dataset, encodings):
     """Look a data set up in the cache's `folder`. Returns its `row_digests`, and the rows that are missing there.
 
     The two are lists of ints; see `EncodedRows`. encodings: {name: `Encoding`}. Raises RunError if the disk has no room
-    for what is missing. Clears away what a crash has left.
+    for what is missing. Clears away what a crash has left, and notes the flags of the run that began the folder in it.
     """
     digests = row_digests(args, dataset)
     missing = EncodedRows(folder, digests).missing
@@ -807,6 +807,11 @@ def rows_to_encode(args, folder, dataset, encodings):
     if needed > (free := shutil.disk_usage(disk).free):
         sizes = f"{as_size(free)} left, and the encodings need {as_size(needed)} or more"
         raise RunError(f"--cache_encodings {args.cache_encodings}: its disk has {sizes}")
+    about = folder / "flags.json"  # for who clears up
+    if len(missing) and not about.exists():
+        with writing(about):
+            folder.mkdir(parents=True, exist_ok=True)
+            about.write_text(as_json(recorded_arguments(args, args.seed), indent=2) + "\n")
     return digests.tolist(), missing.tolist()
 
 

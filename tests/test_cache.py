@@ -154,6 +154,8 @@ def test_what_decides_about_an_encoding_has_a_folder_of_its_own(change, cached, 
     run(changed)
     assert encoded(capfd.readouterr().err) == (8, 8)
     assert len({path.parent for path in parts(flags)}) == 2
+    noted = [json.loads((path.parent / "flags.json").read_text())["output_dir"] for path in parts(flags)]
+    assert sorted(noted) == sorted([str(flags["output_dir"]), str(changed["output_dir"])])
 
 
 def test_a_crash_while_encoding_loses_no_part_that_was_written(cached, capfd, monkeypatch):
