@@ -432,11 +432,14 @@ def check_column(dataset, flag, column):
 def check_values(dataset, flag, column):
     """Raise RunError if a row of `column` (of flag "image_column" or "caption_column") has no image or no caption."""
     feature = dataset.features[column]
-    row = compute.index(dataset.data.column(column).is_null(), True).as_py()  # -1 if there is none
-    if row < 0 and hasattr(feature, "feature"):  # a list of captions
-        row = next((row for row, captions in enumerate(dataset[column]) if not captions or None in captions), -1)
-    if row >= 0:
-        raise RunError(f"--{flag} {column}: row {row} is empty")
+    values = dataset.data.column(column)
+    rows = [compute.index(values.is_null(), True).as_py()]  # -1 if there is none
+    if rows == [-1] and hasattr(feature, "feature"):  # lists of captions
+        without = compute.list_flatten(values).is_null()
+        rows = compute.filter(compute.list_parent_indices(values), without).slice(0, 1).to_pylist()
+        rows.append(compute.index(compute.equal(compute.list_value_length(values), 0), True).as_py())
+    if max(rows) >= 0:
+        raise RunError(f"--{flag} {column}: row {min(row for row in rows if row >= 0)} is empty")
 
 
 def outward_links(folder):
