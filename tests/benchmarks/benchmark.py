@@ -273,11 +273,22 @@ def public_command(command, variant, work):
     return line.replace(f"{HERE}{os.sep}", "").replace(f"{variant.script.parent}{os.sep}", "")
 
 
+def read_through(folder):
+    """Read all files in `folder` (Path), so that the system has as much of them in memory as it can hold."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                while file.read(2**24):
+                    pass
+
+
 def train(args, variant, point, steps, folders):
     """One training run. Returns what was measured, a dict, with every update's loss. Raises RunFailed."""
     with tempfile.TemporaryDirectory(dir=folders["work"]) as scratch:
         folders = {**folders, "output": Path(scratch, "output")}
         command = training_command(args, variant, point, steps, folders)
+        read_through(folders["images"])
+        read_through(folders["cache"])
         outcome = launch(command, environment_of(point), Path(scratch, "log.txt"))
         if outcome.status:
             raise RunFailed(f"{variant.name}: exit status {outcome.status}: {last_line(outcome.output)}")
@@ -452,7 +463,6 @@ def make_report(args, work):
     folder = args.output / report_name(args, costs["device_type"])
     folder.mkdir(parents=True, exist_ok=True)
     lines = folder / "runs.jsonl"
-    lines.unlink(missing_ok=True)
     common = {
         "size": args.size,
         "script": script_of(args).name,
@@ -465,6 +475,7 @@ def make_report(args, work):
         "commit": commit(),
         "versions": versions(),
     }
+    lines.unlink(missing_ok=True)
 
     def record(**line):
         date = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
