@@ -788,7 +788,8 @@ def rows_to_encode(args, folder, dataset, encodings):
     """Look a data set up in the cache's `folder`. Returns its `row_digests`, and the rows that are missing there.
 
     The two are lists of ints; see `EncodedRows`. encodings: {name: `Encoding`}. Raises RunError if the disk has no room
-    for what is missing. Clears away what a crash has left, and notes the flags of the run that began the folder in it.
+    for what is missing. Clears away what a crash has left, and notes the flags of the first run that
+    fills the folder in it.
     """
     digests = row_digests(args, dataset)
     missing = EncodedRows(folder, digests).missing
@@ -808,7 +809,9 @@ def rows_to_encode(args, folder, dataset, encodings):
     if len(missing) and not about.exists():
         with writing(about):
             folder.mkdir(parents=True, exist_ok=True)
-            about.write_text(as_json(recorded_arguments(args, args.seed), indent=2) + "\n")
+            partial = folder / f"flags-{secrets.token_hex(8)}.partial"
+            partial.write_text(as_json(recorded_arguments(args, args.seed), indent=2) + "\n")
+            partial.rename(about)
     return digests.tolist(), missing.tolist()
 
 

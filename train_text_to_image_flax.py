@@ -784,7 +784,8 @@ def rows_to_encode(args, folder, dataset, encodings):
     """Look a data set up in the cache's `folder`. Returns its `row_digests`, and the rows that are missing there.
 
     The two are lists of ints; see `EncodedRows`. encodings: {name: `Encoding`}. Raises RunError if the disk has no room
-    for what is missing. Clears away what a crash has left, and notes the flags of the run that began the folder in it.
+    for what is missing. Clears away what a crash has left, and notes the flags of the first run that
+    fills the folder in it.
     """
     digests = row_digests(args, dataset)
     missing = EncodedRows(folder, digests).missing
@@ -804,7 +805,9 @@ def rows_to_encode(args, folder, dataset, encodings):
     if len(missing) and not about.exists():
         with writing(about):
             folder.mkdir(parents=True, exist_ok=True)
-            about.write_text(as_json(recorded_arguments(args, args.seed), indent=2) + "\n")
+            partial = folder / f"flags-{secrets.token_hex(8)}.partial"
+            partial.write_text(as_json(recorded_arguments(args, args.seed), indent=2) + "\n")
+            partial.rename(about)
     return digests.tolist(), missing.tolist()
 
 
@@ -934,7 +937,6 @@ def encoded_batches(args, source, encodings, models, weights):
     devices = jax.local_devices()
     mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
     size, dtype = args.train_batch_size * len(devices), compute_type(args)
-    frozen = on_devices({part: weights[part] for part in FROZEN}, mesh, dtype)
     make = jax.jit(functools.partial(encode, models=models, dtype=dtype))
 
     def encoded(name, batch):
@@ -948,6 +950,7 @@ def encoded_batches(args, source, encodings, models, weights):
 
     batches = read_ahead(InputBatches(source, size), args.dataloader_num_workers or 0)
     with contextlib.closing(batches), naming("--cache_encodings: the images cannot be encoded"):
+        frozen = on_devices({part: weights[part] for part in FROZEN}, mesh, dtype)
         started = ((batch, {name: encoded(encodings[name].source, batch) for name in encodings}) for batch in batches)
         for (batch, made), _ in itertools.pairwise(itertools.chain(started, [None])):
             made = jax.device_get(made)
@@ -958,30 +961,37 @@ FAILED = 2**16  # where otherwise the number of a signal is agreed upon: larger 
 
 
 def write_encodings(args, folder, source, digests, encodings, models, weights, steps):
-    """Write the encodings of this process's rows, an `EncoderInputs`, to `folder`. Raises RunError or RunStopped.
+    """Write the encodings of this process's rows, an `EncoderInputs`, to `folder`. To be called by every process.
 
-    steps: the largest number of batches that a process has. If one fails or is to stop, all end after their next batch.
+    steps: the largest number of batches that one has. If one fails or is to stop, all end after their next batch, and
+    keep what they have made. Raises RunError, or RunStopped if none has failed.
     """
     digests = np.append(digests, digest_of("empty"))
     batches = encoded_batches(args, source, encodings, models, weights)
     progress_bar = tqdm(total=source.images, desc="encoding", unit="image", disable=jax.process_index() != 0)
-    writer = EncodingsWriter(folder, encodings)
     mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-    agreement, failure, stop = SignalAgreement(mesh), None, 0
+    agreement, failure, writer = SignalAgreement(mesh), None, EncodingsWriter(folder, encodings)
+
+    def finish():
+        writer.write()
+        if failure:
+            raise failure
+
     with contextlib.closing(batches), noted_signals() as noted, progress_bar, writer:
         for _ in range(steps + 1):  # the last one only to agree
             try:
-                for rows, made in itertools.islice(batches, 0 if failure or not len(source) else 1):
-                    made = {name: [[version.tobytes() for version in row] for row in made[name]] for name in encodings}
-                    writer.add([digests[row] for row in rows], made)
-                    progress_bar.update(sum(row < len(source.dataset) for row in rows))
+                with writing(folder):  # whatever it is that fails, the others must hear of it
+                    for rows, made in itertools.islice(batches, 0 if failure or not len(source) else 1):
+                        made = {name: [[value.tobytes() for value in row] for row in made[name]] for name in encodings}
+                        writer.add([digests[row] for row in rows], made)
+                        progress_bar.update(sum(row < len(source.dataset) for row in rows))
             except RunError as error:
                 failure = error
-            if stop := agreement.after_update([FAILED] if failure else noted):
+            if agreement.after_update([FAILED] if failure else noted):
                 break
-    if failure:
-        raise failure
-    if stop and stop != FAILED:
+        on_all_processes(folder, finish)
+        stop = int(multihost_utils.process_allgather(np.int32(noted[0] if noted else 0)).max())
+    if stop:
         raise RunStopped(stop, "while encoding; the same command goes on")
 
 
@@ -1000,7 +1010,7 @@ def cached_rows(args, dataset, encodings, settings, inputs, models, weights):
         own = missing[jax.process_index() :: jax.process_count()]
         source = EncoderInputs(dataset, own, inputs)
         steps = math.ceil(len(missing) / jax.device_count() / args.train_batch_size)
-        on_all_processes(folder, write_encodings, args, folder, source, digests, encodings, models, weights, steps)
+        write_encodings(args, folder, source, digests, encodings, models, weights, steps)
     rows = EncodedRows(folder, digests)
     if len(rows.missing):
         raise RunError(f"--cache_encodings {folder}: has to be on a disk that all processes see")

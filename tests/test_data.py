@@ -1,6 +1,7 @@
 """From a data set's row to tensors: images of every kind, captions, crops, and the stream of positions."""
 
 import argparse
+import contextlib
 import functools
 import json
 import shutil
@@ -17,6 +18,7 @@ from train_text_to_image import (
     ExampleStream,
     RunError,
     check_images,
+    check_values,
     choose_caption,
     load_train_dataset,
     permutation,
@@ -248,6 +250,19 @@ def test_captions_that_are_no_text_are_refused(tmp_path, captions, message):
     rows = [{"file_name": f"{index}.png", "text": caption} for index, caption in enumerate(captions)]
     with pytest.raises(RunError, match=f"--caption_column text: .*{message}"):
         load_train_dataset(write_rows(tmp_path / "data", rows), COLUMNS, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("last", "row"),
+    [([["a"], []], 6), ([["a", None], []], 5), ([[], ["a", None]], 5), ([["a"], None], 6), ([["a"]], None)],
+)
+def test_an_empty_list_of_captions_is_found_in_any_piece_of_a_column(last, row):
+    features = datasets.Features({"text": datasets.List(datasets.Value("string"))})
+    pieces = [[["a"], ["b", "c"], ["d"]], [["e", "f"], ["g"]], last]
+    whole = datasets.concatenate_datasets([datasets.Dataset.from_dict({"text": p}, features) for p in pieces])
+    assert whole.data.column("text").num_chunks == 3
+    with contextlib.nullcontext() if row is None else pytest.raises(RunError, match=f"row {row} is empty"):
+        check_values(whole, "caption_column", "text")
 
 
 def test_a_column_that_is_not_there_lists_those_that_are(images_folder):

@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import datasets
@@ -176,6 +177,23 @@ def test_a_process_that_fails_while_encoding_ends_the_other_which_keeps_what_it_
     assert 0 < made < 10
 
 
+def test_an_error_of_any_kind_in_one_process_while_encoding_ends_both(flags, tmp_path):
+    """Here one that a library raises, before the first batch."""
+    code = f"""
+import os, train_text_to_image_flax as script
+def fail(*_):
+    raise RuntimeError("no memory is left")
+if os.environ["JAX_PROCESS_ID"] == "1":
+    script.on_devices = fail
+script.main(script.parse_args({command_line(flags)}))
+"""
+    with ThreadPoolExecutor() as threads:
+        results = list(threads.map(lambda place: run_code(code, **place), jax_places()))
+    for result in results:
+        assert result.returncode == 1
+        assert "RunError: --cache_encodings: the images cannot be encoded: no memory is left" in result.stderr
+
+
 def test_a_signal_to_one_process_while_encoding_stops_both_which_keep_what_they_made(flags, tmp_path):
     saved = tiny.save_rows(tmp_path / "saved", 2000)
     flags |= {"train_data_dir": None, "dataset_name": saved, "train_batch_size": 1, "output_dir": tmp_path / "output"}
@@ -183,7 +201,7 @@ def test_a_signal_to_one_process_while_encoding_stops_both_which_keep_what_they_
         Process(SCRIPT, flags, tmp_path / f"stderr-{index}", **place) for index, place in enumerate(jax_places())
     ]
     with processes[0] as first, processes[1] as second:
-        assert first.until(lambda: re.search(r"encoding: .* [1-9]\d*/1000 ", first.said()))
+        assert first.until(lambda: re.search(r"encoding: .* \d\d+/1000 ", first.said()))
         os.kill(second.popen.pid, signal.SIGTERM)
         statuses = [process.wait() for process in processes]
     assert statuses == [128 + signal.SIGTERM] * 2, first.said() + second.said()
