@@ -957,16 +957,19 @@ def encode_rows(accelerator, args, folder, source, digests, encodings, encode):
     digests = np.append(digests, digest_of("empty"))
     batches = make_dataloader(args, source, accelerator.device, join_inputs)
     progress_bar = tqdm(total=source.images, desc="encoding", unit="image", disable=not accelerator.is_main_process)
-    with noted_signals() as noted, progress_bar, EncodingsWriter(folder, encodings) as writer:
-        for rows, batch, versions in batches:
-            with naming("--cache_encodings: the images cannot be encoded"):
-                made = encode({name: tensor.to(accelerator.device) for name, tensor in batch.items()})
-                made = {name: made[name].cpu().split(versions[kind.source]) for name, kind in encodings.items()}
-            made = {name: [[as_bytes(version) for version in row] for row in made[name]] for name in encodings}
-            writer.add([digests[row] for row in rows], made)
-            progress_bar.update(sum(row < len(source.dataset) for row in rows))
-            if noted:
-                raise RunStopped(noted[0], "while encoding; the same command goes on")
+    with noted_signals() as noted, progress_bar:
+        with EncodingsWriter(folder, encodings) as writer:
+            for rows, batch, versions in batches:
+                with naming("--cache_encodings: the images cannot be encoded"):
+                    made = encode({name: tensor.to(accelerator.device) for name, tensor in batch.items()})
+                    made = {name: made[name].cpu().split(versions[kind.source]) for name, kind in encodings.items()}
+                made = {name: [[as_bytes(version) for version in row] for row in made[name]] for name in encodings}
+                writer.add([digests[row] for row in rows], made)
+                progress_bar.update(sum(row < len(source.dataset) for row in rows))
+                if noted:
+                    break
+        if noted:  # maybe only while the last part was being written
+            raise RunStopped(noted[0], "while encoding; the same command goes on")
 
 
 @contextlib.contextmanager

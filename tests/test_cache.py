@@ -177,23 +177,24 @@ def test_a_crash_while_encoding_loses_no_part_that_was_written(cached, capfd, mo
 
 
 @every_script
-def test_a_signal_while_encoding_keeps_what_is_made(script, cached, capfd, monkeypatch):
+@pytest.mark.parametrize("moment, left", [("encode", 5), ("write_part", 0)])  # in batches of 3; a part holds all
+def test_a_signal_while_encoding_keeps_what_is_made(script, moment, left, cached, capfd, monkeypatch):
     module, flags = importlib.import_module(script), cached(script)
-    encode = module.encode
+    function = getattr(module, moment)
 
-    def signalled(batch, **models):
+    def signalled(*arguments, **models):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)  # a thread notes it
-        return encode(batch, **models)
+        return function(*arguments, **models)
 
-    monkeypatch.setattr(module, "encode", signalled)
+    monkeypatch.setattr(module, moment, signalled)
     with pytest.raises(module.RunStopped, match="^stopped by SIGTERM while encoding; the same command goes on$") as end:
         run(flags, script)
     assert end.value.signum == signal.SIGTERM
-    monkeypatch.setattr(module, "encode", encode)
+    monkeypatch.setattr(module, moment, function)
     capfd.readouterr()
     run(flags, script)
-    assert encoded(capfd.readouterr().err) == (5, 8)  # the first batch of 3 is there
+    assert encoded(capfd.readouterr().err) == (left, 8)
 
 
 def test_resumes_from_the_cache_to_the_same_bits(cached, tmp_path):
