@@ -177,21 +177,28 @@ def test_a_process_that_fails_while_encoding_ends_the_other_which_keeps_what_it_
     assert 0 < made < 10
 
 
-def test_an_error_of_any_kind_in_one_process_while_encoding_ends_both(flags, tmp_path):
-    """Here one that a library raises, before the first batch."""
+@pytest.mark.parametrize(
+    "failing, says",
+    [
+        ("script.on_devices", "RunError: --cache_encodings: the images cannot be encoded: no memory is left"),
+        ("script.EncodingsWriter.add", "cannot be written: no memory is left"),
+    ],
+)
+def test_an_error_of_any_kind_in_one_process_while_encoding_ends_both(failing, says, flags, tmp_path):
+    """One that a library raises, before the first batch or behind it."""
     code = f"""
 import os, train_text_to_image_flax as script
 def fail(*_):
     raise RuntimeError("no memory is left")
 if os.environ["JAX_PROCESS_ID"] == "1":
-    script.on_devices = fail
+    {failing} = fail
 script.main(script.parse_args({command_line(flags)}))
 """
     with ThreadPoolExecutor() as threads:
         results = list(threads.map(lambda place: run_code(code, **place), jax_places()))
     for result in results:
         assert result.returncode == 1
-        assert "RunError: --cache_encodings: the images cannot be encoded: no memory is left" in result.stderr
+        assert says in result.stderr
 
 
 def test_a_signal_to_one_process_while_encoding_stops_both_which_keep_what_they_made(flags, tmp_path):
