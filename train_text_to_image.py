@@ -136,7 +136,7 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("EMA").add_argument
     add("--use_ema", action="store_true", help="keep an average of the weights; it is validated and saved")
-    add("--offload_ema", action="store_true", help="keep that average in main memory between updates")
+    add("--offload_ema", action="store_true", help="keep that average in main memory, and update it there")
     add("--foreach_ema", action="store_true", help="accepted and not needed: the average is always updated that way")
 
     add = parser.add_argument_group("checkpoints").add_argument

@@ -93,7 +93,7 @@ def parse_args(input_args=None):
     add("--rounds", type=int, default=3, help="runs of everything, in turns")
     add("--steps", type=int, help="updates of a run, warm-up among them; default: as --seconds says")
     add("--warmup", type=int, default=3, help="first updates that are not measured")
-    add("--seconds", type=float, default=20, help="how long the measured part of a run takes at least")
+    add("--seconds", type=float, default=20, help="how long the measured part of a run is to take")
     add("--logging_steps", type=int, default=5, help="updates from one reading of the loss to the next, where known")
     add("--batch_sizes", nargs="+", type=int, default=[4], help="images per step and process; several: a sweep")
     add("--rows", nargs="+", type=int, default=[256], help="images in the data set; several: a sweep")
