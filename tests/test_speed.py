@@ -105,7 +105,7 @@ def test_pixels_are_exact_on_the_device():
 class CountedReads(TorchDispatchMode):
     """Counts how often tensors are read by Python or decide a shape: the CPU would wait for a GPU.
 
-    What a GPU's tensor is read by, and a CPU's too: by an operation of torch, or by a method of its own.
+    Seen are operations of torch, and methods that copy nothing where the tensor is on the CPU already.
     """
 
     waiting = [torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select]
