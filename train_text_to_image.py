@@ -693,7 +693,7 @@ def load_train_dataset(args, flags, seed):
         is_text = getattr(feature.feature if is_list else feature, "dtype", None) in ("string", "large_string")
         if not (isinstance(feature, datasets.Image) if flag == "image_column" else is_text):
             raise RunError(f"--{flag} {column}: holds {feature}")
-        empty = [not texts or None in texts for texts in values.to_pylist()] if is_list else values.is_null().tolist()
+        empty = [not row or None in row for row in values.to_pylist()] if is_list else values.is_null().to_pylist()
         if True in empty or not empty:
             raise RunError(f"--{flag} {column}: " + (f"row {empty.index(True)} is empty" if empty else "has no rows"))
     dataset = dataset.select_columns(columns).cast_column(args.image_column, datasets.Image(decode=False))
