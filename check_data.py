@@ -25,9 +25,9 @@ def parse_args(input_args=None):
     add("--dataset_config_name", help="configuration of that data set, if it has several")
     add("--cache_dir", help="where downloads of data sets and tokenizers are kept")
     add("--image_column", default="image", help="column that holds the images")
-    add("--caption_column", default="text", help='column that holds captions; "" for the decoder, which needs none')
+    add("--caption_column", default="text", help='column that holds captions; "" checks none, for the decoder')
     add("--resolution", type=int, default=512, help="side of the square training images, in pixels")
-    add("--tokenizer", help="model or tokenizer (folder or Hub id), to find captions that are too long for it")
+    add("--tokenizer", help="model or tokenizer (folder or Hub id), to find captions that are longer than it reads")
     args = parser.parse_args(input_args)
     if args.resolution <= 0 or not (args.dataset_name or args.train_data_dir):
         parser.error("give a data set, --dataset_name or --train_data_dir, and a --resolution larger than 0")
@@ -46,8 +46,7 @@ from tqdm.auto import tqdm
 
 
 def images_in(folder):
-    """Iterate over the images below `folder`, as absolute paths. As in `datasets`, no hidden ones."""
-    paths = glob.iglob(os.path.join(glob.escape(os.path.abspath(folder)), "**"), recursive=True)
+    paths = glob.iglob(os.path.join(glob.escape(os.path.abspath(folder)), "**"), recursive=True)  # no hidden ones
     return (path for path in paths if os.path.splitext(path)[1].lower() in PIL.Image.registered_extensions())
 
 
@@ -68,10 +67,11 @@ def load_rows(args):
     if len(dataset) == 0:
         raise RunError("there are no rows, or no split 'train'")
     if not isinstance(dataset.features.get(args.image_column), datasets.Image):
-        raise RunError(f"--image_column {args.image_column}: no images, in {dataset.features}")
+        raise RunError(f"--image_column {args.image_column}: no column of images in {dataset.features}")
     text = dataset.features.get(args.caption_column)
     if args.caption_column and getattr(getattr(text, "feature", text), "dtype", "") not in ("string", "large_string"):
-        raise RunError(f'--caption_column {args.caption_column}: no text, in {dataset.features}; "" is for no captions')
+        hint = 'captions of a folder stand in its metadata.jsonl; --caption_column "" checks none'
+        raise RunError(f"--caption_column {args.caption_column}: no column of text in {dataset.features}; {hint}")
     columns = [column for column in (args.image_column, args.caption_column) if column]
     return dataset.select_columns(columns).cast_column(args.image_column, datasets.Image(decode=False))
 
