@@ -136,99 +136,11 @@ def assert_same_bits(script, one, other):
     assert [name for name in one if one[name] != other[name]] == []
 
 
-# The report of --check_data -------------------------------------------------------------------------------------------
-
-NASTY = '3 "it\'s"\n\x1b[31m.png'  # as a file's name it would break the line, and colour what follows
+# Images that can't be read --------------------------------------------------------------------------------------------
 
 
 def write_image(path, width=64, height=64):
     PIL.Image.effect_noise((width, height), 50).convert("RGB").save(path)
-
-
-def make_defects(folder):
-    """A folder with every defect at once. The names sort as the rows do."""
-    folder.mkdir()
-    write_image(folder.parent / "outside.png")
-    rows = [
-        ("0.png", "a picture of red dots"),
-        ("1.png", "blue bars"),  # 200 x 50: the crop keeps a quarter
-        ("2.png", "green bars"),  # 24 pixels high
-        (NASTY, "grey bars"),  # not an image
-        ("4.png", "  "),
-        ("5.png", "dots " * 100),
-        ("6.png", None),
-        ("7.png", ...),  # no caption at all
-        ("8.png", "a link"),
-    ]
-    for name, _ in rows:
-        write_image(folder / name, *{"1.png": (200, 50), "2.png": (30, 24)}.get(name, (64, 64)))
-    (folder / NASTY).write_bytes(b"no picture")
-    (folder / "8.png").unlink()
-    (folder / "8.png").symlink_to("../outside.png")
-    rows = [{"file_name": name, **({} if text is ... else {"text": text})} for name, text in rows]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def with_side(side, script, flags, tmp_path):
-    """Flags under which images are resized to `side`: the resolution, for the prior the image processor's."""
-    if script != PRIOR:
-        return {**flags, "resolution": side}
-    model = shutil.copytree(flags[MODEL[PRIOR]], tmp_path / "model")
-    path = model / "image_processor" / "preprocessor_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "size": {"shortest_edge": side}}))
-    return {**flags, MODEL[PRIOR]: model}
-
-
-def test_the_report_names_every_defect(script, flags, tmp_path, capsys, monkeypatch):
-    folder = make_defects(tmp_path / "data")
-    flags = with_side(48, script, {**flags, "train_data_dir": folder, "check_data": True}, tmp_path)
-    before = files_below(tmp_path)
-    assert run_as_main(flags, script, monkeypatch) == 1
-    out, err = capsys.readouterr()
-    nasty = str(folder / NASTY).replace("\n", r"\n").replace("\x1b", r"\u001b")
-    captions = """\
-rows without a caption: 2
-    row 6
-    row 7
-captions that are empty: 1
-    row 4
-captions longer than 77 tokens, which are cut there: 1
-    row 5: 102 tokens, dots dots dots dots dots dots dots dots dots dots dots dots ...
-"""
-    # Of 8 images that can be read, one loses three quarters and one a fifth.
-    report = f"""\
-9 rows
-images that cannot be read: 1
-    row 3: image {nasty} cannot be read: REASON
-images smaller than 48 pixels, which are enlarged: 1
-    row 2: 30 x 24
-{"" if script == DECODER else captions}\
-images that the square crop takes something of, {(0.75 + 0.2) / 8:.1%} on average and 75.0% at most: 2
-    row 1: 75.0% of 200 x 50
-    row 2: 20.0% of 30 x 24
-symbolic links that lead out of the folder: 1
-    8.png -> {tmp_path / "outside.png"}
-"""
-    assert re.sub("(?<=cannot be read: )cannot identify .*", "REASON", out) == report
-    errors = [line for line in err.splitlines() if "error: " in line]
-    refused = 1 if script == DECODER else 3
-    assert errors == [f"error: --check_data: training would refuse {refused} of 9 rows"]
-    assert "Traceback" not in err
-    assert files_below(tmp_path) == before
-
-
-def test_a_clean_data_set_has_a_clean_report(script, flags, images_folder, capsys, monkeypatch):
-    assert run_as_main({**flags, "check_data": True}, script, monkeypatch) == 0
-    out, err = capsys.readouterr()
-    counts = {line.rpartition(": ")[0]: line.rpartition(": ")[2] for line in out.splitlines() if line[0] != " "}
-    assert out.startswith("8 rows\n")
-    assert {count for what, count in counts.items() if what and "square crop" not in what} == {"0"}
-    assert warnings_in(err) == []
-    assert not flags["output_dir"].exists()
-    sides = [PIL.Image.open(path).size for path in images_folder.glob("*.png")]
-    shares = [1 - min(size) / max(size) for size in sides]
-    assert f"{np.mean(shares):.1%} on average and {max(shares):.1%} at most: {sum(s > 0 for s in shares)}\n" in out
 
 
 def test_an_image_that_metadata_names_outside_of_the_folder(script, flags, tmp_path):
@@ -237,12 +149,9 @@ def test_an_image_that_metadata_names_outside_of_the_folder(script, flags, tmp_p
     with (folder / "metadata.jsonl").open("a") as file:
         file.write('{"file_name": "../outside.png", "text": "grey dots"}\n')
     flags["train_data_dir"] = folder
-    for check_data in (True, False):
-        assert "outside.png" in refusal({**flags, "check_data": check_data}, script)
+    assert "outside.png" in refusal(flags, script)
     assert not flags["output_dir"].exists()
 
-
-# Images that can't be read --------------------------------------------------------------------------------------------
 
 BAD = {1: b"", 4: b"no picture"}  # {row: content}
 
