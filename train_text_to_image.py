@@ -163,10 +163,6 @@ def parse_args(input_args=None):
         parser.error("argument --cache_encodings: must not be inside --output_dir, which is uploaded as a whole")
     if os.path.normpath(args.logging_dir) == ".":
         parser.error("argument --logging_dir: must name a folder of its own")
-    if os.path.normpath(os.path.join("logs", args.tracker_project_name)).split(os.sep)[0] != "logs":
-        parser.error(
-            f"argument --tracker_project_name: {args.tracker_project_name} leads out of the folder of the logs"
-        )
     if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # a connection error would print it
         parser.error("argument --hub_token: contains a space, a line break or a character outside ASCII")
     return args
