@@ -13,9 +13,7 @@ v = √ᾱ_t · ε − √(1 − ᾱ_t) · x_0 (Salimans & Ho 2022, arXiv:2202.0
 is 1 or the Min-SNR weight (Hang et al. 2023, arXiv:2303.09556).
 
 The same program runs on one chip, on all chips of a host and on many hosts.
-
-Sections: Command line · Examples · Objective · Training · what it uses: Models · Sampling · Weight files · the machinery:
-Data sets · Cached encodings · Checkpoints · Processes and signals · Devices and optimizer · Logs, model card and Hub.
+Sections: Command line · Examples · Objective · Training · Models · Sampling · Weight files · The machinery.
 """
 
 import argparse
@@ -43,6 +41,7 @@ import traceback
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -131,8 +130,6 @@ def parse_args(input_args=None):
     add("--mixed_precision", default="no", choices=["no", "fp16", "bf16"], help="precision of the models' computations")
     add("--shard_params", action="store_true", help="shard weights, average and optimizer state over the devices")
     add("--local_rank", type=int, default=-1, help="accepted and not needed: the launcher tells each process its rank")
-
-    add = parser.add_argument_group("EMA").add_argument
     add("--use_ema", action="store_true", help="validate and save an exponential moving average of the weights")
 
     add = parser.add_argument_group("checkpoints").add_argument
@@ -158,36 +155,13 @@ def parse_args(input_args=None):
     add("--hub_token", help="access token; better: `hf auth login`, which keeps it out of the shell's history")
 
     args = parser.parse_args(input_args)
-    if not args.dataset_name and not args.train_data_dir and args.generate is None:
+    if not (args.dataset_name or args.train_data_dir) and args.generate is None:
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
     if args.cache_encodings and not args.center_crop:
         parser.error("argument --cache_encodings: random crops cannot be cached; add --center_crop")
-    if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # a connection error would print it
-        parser.error("argument --hub_token: contains a space, a line break or a character outside ASCII")
-    check_folders(parser, args)
+    if args.cache_encodings and Path(args.cache_encodings).resolve().is_relative_to(Path(args.output_dir).resolve()):
+        parser.error("argument --cache_encodings: must not be inside --output_dir, which is uploaded as a whole")
     return args
-
-
-def check_folders(parser, args):
-    """Exit with status 2 if two folders of the command line cannot go together."""
-    if Path(args.logging_dir) == Path("."):
-        parser.error("argument --logging_dir: must name a folder of its own")
-    if not (Path.cwd() / args.tracker_project_name).resolve().is_relative_to(Path.cwd()):
-        parser.error(
-            f"argument --tracker_project_name: {args.tracker_project_name} leads out of the folder of the logs"
-        )
-    if args.cache_encodings is None:
-        return
-    if not args.cache_encodings:
-        parser.error("argument --cache_encodings: expected a folder")
-    others = {
-        "--output_dir": args.output_dir,
-        "--train_data_dir": args.train_data_dir,
-        "--dataset_name": args.dataset_name,
-    }
-    for flag, folder in others.items():
-        if folder and Path(args.cache_encodings).resolve().is_relative_to(Path(folder).resolve()):
-            parser.error(f"argument --cache_encodings: must not be inside {flag}")
 
 
 # Before the imports below, which take seconds: --help and a wrong flag are answered at once.
@@ -251,30 +225,29 @@ def tokenize_captions(captions, tokenizer):
 
 
 def preprocess_train(args, tokenizer, row, rng):
-    """Turn a row of the data set into a training example.
+    """Turn a row of the data set into a training example, all but timestep and noise: see `draw_noise`.
 
-    Returns arrays "pixel_values" (resolution, resolution, 3), uint8, and "input_ids" (77,). Timestep and noise are
-    sampled on the devices, by `draw_noise`.
+    Returns arrays "pixel_values" (resolution, resolution, 3), uint8, and "input_ids" (77,).
     """
     crop = (args.resolution, args.image_interpolation_mode, args.center_crop, args.random_flip)
     pixel_values = train_transforms(read_image(row[args.image_column]), *crop, rng)
     caption = choose_caption(row[args.caption_column], args.proportion_empty_prompts, rng)
-    return {"pixel_values": pixel_values, "input_ids": tokenize_captions([caption], tokenizer)["input_ids"][0]}
+    return {"pixel_values": pixel_values, "input_ids": tokenize_captions([caption], tokenizer).input_ids[0]}
 
 
 def encode_rows(args, tokenizer, encoder, rows):
     """Encode everything that may be sampled from a batch of rows (dict of lists; images are RGB `PIL.Image`).
 
-    encoder: of `make_encoder`. Returns one blob of safetensors per row: "moments" (flips, height, width, 2 · channels),
-    "text_states" (captions, 77, width).
+    Returns a blob of safetensors per row: "moments" (flips, height, width, 2 · channels), "text_states" (captions, 77,
+    width). encoder: of `make_encoder`.
     """
     crop = (args.resolution, args.image_interpolation_mode, True, False, random_generator(0))
-    with ThreadPoolExecutor() as threads:
-        images = list(threads.map(lambda image: train_transforms(image, *crop), rows[args.image_column]))
+    with ThreadPool() as threads:
+        images = threads.map(lambda image: train_transforms(image, *crop), rows[args.image_column])
     flips = [image[:, ::side] for image in images for side in (1, -1)[: 1 + args.random_flip]]
     moments = np.split(encoder("pixel_values", np.stack(flips)), len(images))
     captions = [[texts] if isinstance(texts, str) else texts for texts in rows[args.caption_column]]
-    input_ids = tokenize_captions(list(itertools.chain(*captions)), tokenizer)["input_ids"]
+    input_ids = tokenize_captions(list(itertools.chain(*captions)), tokenizer).input_ids
     text_states = np.split(encoder("input_ids", input_ids), np.cumsum([len(texts) for texts in captions])[:-1])
     pairs = zip(moments, text_states, strict=True)
     return [safetensors.numpy.save({"moments": moments, "text_states": states}) for moments, states in pairs]
@@ -283,8 +256,7 @@ def encode_rows(args, tokenizer, encoder, rows):
 def preprocess_encoded(args, dtype, empty_caption, row, rng):
     """Turn a cached row of `encode_rows` into the same example as `preprocess_train`, with the encoders' outputs.
 
-    dtype: of the outputs; empty_caption: text states of "". Returns "moments" and "text_states" in place of
-    "pixel_values" and "input_ids".
+    dtype: of "moments" and "text_states", in place of "pixel_values" and "input_ids"; empty_caption: text states of "".
     """
     blob = dict(safetensors.deserialize(row["encodings"]))  # safetensors.numpy.load cannot read bfloat16
     encodings = {name: np.frombuffer(part["data"], dtype).reshape(part["shape"]) for name, part in blob.items()}
@@ -360,38 +332,31 @@ def weighted_squared_error(prediction, target, weight):
 
 
 def training_alphas_cumprod(config):
-    """ᾱ of all timesteps, float32, from a scheduler's configuration (dict). Raises RunError if it is unknown.
-
-    Schedules: "linear" (arXiv:2006.11239), "scaled_linear" (Stable Diffusion's: linear in √β), "squaredcos_cap_v2"
-    (arXiv:2102.09672, eq. 17), or given as trained_betas; rescaled to zero terminal SNR if the configuration says so
-    (arXiv:2305.08891, algorithm 1).
-    """
+    """ᾱ of all timesteps, float32, from a scheduler's configuration (dict). Raises RunError if it is unknown."""
     number, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
     first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     if config.get("trained_betas") is not None:
         betas = np.asarray(config["trained_betas"], np.float64)
-    elif schedule == "linear":
+    elif schedule == "linear":  # arXiv:2006.11239
         betas = np.linspace(first, last, number)
-    elif schedule == "scaled_linear":
+    elif schedule == "scaled_linear":  # Stable Diffusion's: linear in √β
         betas = np.linspace(first**0.5, last**0.5, number) ** 2
-    elif schedule == "squaredcos_cap_v2":
+    elif schedule == "squaredcos_cap_v2":  # arXiv:2102.09672, eq. 17
         signal = np.cos((np.arange(number + 1) / number + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - signal[1:] / signal[:-1]).clip(max=0.999)
     else:
         raise RunError(f"scheduler/: beta_schedule {schedule} is not known")
     alphas_cumprod = np.cumprod(1 - betas)
-    if config.get("rescale_betas_zero_snr"):
+    if config.get("rescale_betas_zero_snr"):  # arXiv:2305.08891, algorithm 1
         root = alphas_cumprod**0.5
         alphas_cumprod = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return alphas_cumprod.astype(np.float32)
 
 
 def draw_noise(positions, key, latents_shape, num_train_timesteps):
-    """Sample timesteps and all noise of a micro-batch: functions of the run's key and the examples' positions alone.
+    """Sample timesteps and all noise of a micro-batch, from the run's key and the examples' positions alone.
 
-    positions: (b, 2), uint32, high and low half of a position; latents_shape: (height, width, channels). Returns
-    "posterior_noise", "noise" and "perturbation_noise" (b, *latents_shape), "offset_noise" (b, 1, 1, channels),
-    "timesteps" (b,).
+    positions: (b, 2), uint32, high and low halves; latents_shape: (height, width, channels).
     """
 
     def draw(position):
@@ -408,11 +373,8 @@ def draw_noise(positions, key, latents_shape, num_train_timesteps):
 
 
 def encode(batch, frozen, models, dtype):
-    """Encode "pixel_values" (b, height, width, 3), uint8, and "input_ids" (b, 77), those of them that `batch` has.
-
-    Returns "moments" of the VAE's posterior (b, height, width, 2 · channels) and "text_states" (b, 77, width), as
-    `dtype`.
-    """
+    """Encode "pixel_values" (b, h, w, 3), uint8, to "moments" of the VAE's posterior (b, height, width, 2 · channels),
+    and "input_ids" (b, 77) to "text_states" (b, 77, width): those of them that `batch` has. Computes in `dtype`."""
     encodings = {}
     if "pixel_values" in batch:
         levels = np.arange(256, dtype=np.float32) / 255 * 2 - 1  # in a table: XLA divides by an inexact inverse of 255
@@ -432,9 +394,9 @@ def mean_and_deviation(moments):
 def training_losses(params, frozen, batch, models, alphas_cumprod, prediction_type, args):
     """The loss of each example of a micro-batch, (b,). Deterministic: the batch holds all random numbers.
 
-    params: weights of the UNet, float32; frozen: {"vae": weights, "text_encoder": weights}, as the type to compute in,
-    or {} if the batch is encoded; batch: arrays of `preprocess_train` or `preprocess_encoded`, and of `draw_noise`;
-    models: {"unet", "vae", "text_encoder"}: `Model`; alphas_cumprod: ᾱ of all timesteps, (num_train_timesteps,).
+    params: the UNet's weights, float32; frozen: {"vae", "text_encoder": weights}, or {} if the batch is encoded; batch:
+    arrays of `preprocess_train` or `preprocess_encoded`, and of `draw_noise`; models: {"unet", ...: `Model`};
+    alphas_cumprod: ᾱ of all timesteps.
     """
     dtype = COMPUTE_TYPES[args.mixed_precision]
     unet = models["unet"].module({name: value.astype(dtype) for name, value in params.items()})
@@ -477,10 +439,7 @@ FROZEN = ("vae", "text_encoder")
 
 
 def mean_gradient(params, frozen, batches, key, loss, scale):
-    """Loss and gradient of an update: the means over its micro-steps. The arguments are those of `train_step`.
-
-    The gradient is computed of `scale` times the loss, and divided by it.
-    """
+    """The mean loss and gradient over the micro-steps of an update; `scale` is fp16's loss scale. See `train_step`."""
 
     def loss_and_gradient(batch):
         return jax.value_and_grad(lambda params: loss(params, frozen, batch, key) * scale)(params)
@@ -498,7 +457,7 @@ def mean_gradient(params, frozen, batches, key, loss, scale):
 def train_step(state, frozen, batches, key, step, loss, transform, schedule, args):
     """One update. Pure; to be jitted with the last four arguments bound.
 
-    state: of `make_train_state`; batches: arrays (micro-steps, rows, ...) of `join_micro_batches`; step: the update's
+    state: of `make_train_state`; batches: arrays (micro-steps, rows, ...); step: the update's
     number, from 1; loss: function of (params, frozen, batch, key) to a scalar. Returns the new state and {name: value
     to log}. With fp16 an update whose gradient is not finite is skipped, and the loss scale halved (arXiv:1710.03740).
     """
@@ -518,7 +477,7 @@ def train_step(state, frozen, batches, key, step, loss, transform, schedule, arg
         new_state["loss_scale"] = next_loss_scale(**state["loss_scale"], finite=finite)
         metrics["loss_scale"] = scale
     if "ema" in state:
-        share = 1 - ema_decay(step)
+        share = 1 - jnp.where(step > 1, jnp.minimum(0.9999, step / (step + 9)), 0.0)  # 1 - diffusers' EMA decay
         new_state["ema"] = jax.tree.map(lambda old, new: old - share * (old - new), state["ema"], new_state["params"])
     return new_state, metrics
 
@@ -527,88 +486,88 @@ def check_objective(prediction_type, alphas_cumprod):
     """Raise RunError if the scheduler's prediction type cannot be trained with its noise schedule."""
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise RunError(f"prediction type {prediction_type}: only epsilon, v_prediction and sample are supported")
-    if prediction_type == "epsilon" and alphas_cumprod[-1] < 1e-6:
-        raise RunError(
-            "prediction type epsilon: the scheduler has zero terminal SNR, where the input is pure noise and "
-            "predicting it teaches nothing about the image; use v_prediction or sample"
-        )
+    if prediction_type == "epsilon" and alphas_cumprod[-1] < 1e-6:  # x_T is ε itself
+        raise RunError("prediction type epsilon: learns nothing at zero terminal SNR; use v_prediction or sample")
 
 
 def check_architecture(models, tokenizer, resolution):
-    """Check that the models fit together and the VAE takes the resolution. Returns the latents' shape (h, w, c).
-
-    Raises RunError.
-    """
+    """The latents' shape (h, w, c). Raises RunError if the models do not fit together, or to the resolution."""
     unet, vae, text_encoder = (models[part].config for part in PARTS)
-    name, tokens, embeddings = "--pretrained_model_name_or_path", len(tokenizer), text_encoder.vocab_size
-    if tokens != embeddings:  # a tokenizer with missing files loads as an empty one
-        problem = f"the tokenizer has {tokens} tokens, the text encoder {embeddings}"
-        raise RunError(f"{name}: {problem}; is tokenizer/ complete?")
-    if unet.in_channels != vae.latent_channels:
-        problem = f"the UNet has {unet.in_channels} input channels and the VAE {vae.latent_channels} latent channels"
-        raise RunError(f"{name}: {problem}; inpainting and depth models are not supported")
-    width, text_width = unet.cross_attention_dim, text_encoder.hidden_size
-    if width != text_width:
-        problem = f"the UNet expects text states of width {width} and the text encoder returns {text_width}"
-        raise RunError(f"{name}: {problem}; only Stable Diffusion 1.x and 2.x are supported")
+    pairs = {
+        "the tokenizer's tokens and the text encoder's": (len(tokenizer), text_encoder.vocab_size),
+        "the UNet's input channels and the VAE's": (unet.in_channels, vae.latent_channels),
+        "the UNet's context width and the text states'": (unet.cross_attention_dim, text_encoder.hidden_size),
+    }
+    for what, (found, expected) in pairs.items():
+        if found != expected:
+            raise RunError(f"not a complete Stable Diffusion 1.x or 2.x: {what} do not match ({found}, {expected})")
     factor = 2 ** (len(vae.block_out_channels) - 1)
     if resolution % factor:
-        larger = (resolution // factor + 1) * factor
-        raise RunError(f"--resolution {resolution}: must be a multiple of {factor}, such as {larger}")
+        raise RunError(f"--resolution {resolution}: must be a multiple of {factor}")
     return resolution // factor, resolution // factor, vae.latent_channels
 
 
 def prepare_rows(args, dataset, tokenizer, models, weights):
-    """Choose the rows that examples are made of: those of the data set, or their cached encodings.
-
-    To be called by every process. Returns the rows and the function that turns one into an example.
-    """
+    """The rows of the data set, or their cached encodings, and the function that turns one into an example."""
     tokenize_captions([""], tokenizer)  # sets up padding, which threads must not do at the same time
     if not args.cache_encodings:
         return dataset, functools.partial(preprocess_train, args, tokenizer)
-    dtype = np.dtype(compute_type(args))
+    dtype, rules = np.dtype(compute_type(args)), json.loads(tokenizer.backend_tokenizer.to_str())
+    rules |= {"truncation": None, "padding": None}
+    configs = [vars(models[part].config) for part in FROZEN]
+    settings = [args.resolution, args.image_interpolation_mode, args.random_flip, dtype, rules, configs]
     encoder = make_encoder(args, models, weights)
-    settings = [args.resolution, args.image_interpolation_mode, args.random_flip, dtype, tokenizer_rules(tokenizer)]
-    settings += [public_config(vars(models[part].config)) for part in FROZEN]
-    arrays = (array for part in FROZEN for array in weights[part].values())
-    rows = cached_encodings(args, dataset, settings, arrays, functools.partial(encode_rows, args, tokenizer, encoder))
-    (empty_caption,) = encoder("input_ids", tokenize_captions([""], tokenizer)["input_ids"])
+    encode = functools.partial(encode_rows, args, tokenizer, encoder)
+    rows = cached_encodings(args, dataset, settings, [weights[part] for part in FROZEN], encode)
+    (empty_caption,) = encoder("input_ids", tokenize_captions([""], tokenizer).input_ids)
     return rows, functools.partial(preprocess_encoded, args, dtype, empty_caption)
 
 
-def log_validation(images, trackers, args, step):
+def log_validation(images, log, args, step):
     """Write the images (list of `PIL.Image`) as one PNG grid, and to the trackers. Returns the grid's Path."""
     path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
-    columns, gap = min(4, len(images)), 2
-    width, height = images[0].width + gap, images[0].height + gap
-    grid = PIL.Image.new("RGB", (columns * width + gap, math.ceil(len(images) / columns) * height + gap))
+    columns, step_x, step_y = min(4, len(images)), images[0].width + 2, images[0].height + 2
+    grid = PIL.Image.new("RGB", (columns * step_x + 2, math.ceil(len(images) / columns) * step_y + 2))
     for index, image in enumerate(images):
-        grid.paste(image, (index % columns * width + gap, index // columns * height + gap))
+        grid.paste(image, (index % columns * step_x + 2, index // columns * step_y + 2))
     with naming(f"{path} cannot be written"):
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
-    trackers.log_images(images, step)
+    if log.tensorboard:
+        log.tensorboard.add_images("validation", np.stack(images), step, dataformats="NHWC")
+    if log.wandb:
+        log.wandb.log({"validation": [log.wandb.Image(image) for image in images]}, step=step)
     logger.info(f"validation pictures: {path}")
     return path
 
 
-def model_card_facts(args, name):
-    """What the model card says of this kind of model: base model, what was trained, tags, and code that uses `name`."""
-    tags = ["stable-diffusion", "stable-diffusion-diffusers", "text-to-image"]
-    usage = f"""from diffusers import StableDiffusionPipeline
+def save_model_card(args, name, seed, steps, validation_image):
+    """Write the card of the model `name`, --output_dir or a Hub id. validation_image: the last grid's Path, or None."""
+    base, source = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
+    prompts, pictures = args.validation_prompts or ["a prompt"], ""
+    if validation_image:
+        prompt_list = as_json(prompts, indent=2)
+        pictures = f"![validation pictures](validation/{validation_image.name})\n\n```json\n{prompt_list}\n```\n\n"
+    text = f"""`{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates of its UNet.
+
+{pictures}## Use
+
+```python
+from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained({as_json(name)})
-pipeline({as_json((args.validation_prompts or ["a prompt"])[0])}).images[0].save("picture.png")"""
-    return args.pretrained_model_name_or_path, "UNet", tags, usage
+pipeline({as_json(prompts[0])}).images[0].save("picture.png")
+```"""
+    write_model_card(args, base, name, seed, ["stable-diffusion", "stable-diffusion-diffusers"], text)
 
 
 def main(args):
-    """Train as the flags say. Raises RunError, or RunStopped after a signal."""
+    """Train as the flags say. Raises RunError, and SystemExit with status 128 + its number after a signal."""
     connect_hosts()
     set_up_logging()
     if args.generate is not None:
         return generate(args)
-    check_output_dir(args, [args.pretrained_model_name_or_path])
+    check_output_dir(args, args.pretrained_model_name_or_path)
     check_trackers(args)
     mesh, dtype = device_mesh(jax.devices()), compute_type(args)
 
@@ -630,11 +589,17 @@ def main(args):
         dataset = dataset.select(on_first_process(readable_rows, args, dataset))
     rows = args.train_batch_size * jax.device_count()
     batch_size = rows * args.gradient_accumulation_steps
-    last_step, last_example = plan_steps(args, batch_size, len(dataset), first_step, examples_seen)
+    examples_left = max(0, args.num_train_epochs * len(dataset) - examples_seen)
+    last_step = max(first_step, args.max_train_steps or first_step + math.ceil(examples_left / batch_size))
     run = {"seed": args.seed, "batch_size": batch_size, "rows": len(dataset), "data": dataset._fingerprint}
-    run["architecture"] = public_config(vars(models["unet"].config))
+    run["architecture"] = vars(models["unet"].config)
     if checkpoint:
         check_resume(args, checkpoint, start, run)
+        if start["architecture"] != run["architecture"]:
+            raise RunError(f"--resume_from_checkpoint {checkpoint}: is of a model with another architecture")
+    validation_period = (
+        batch_size * (args.validation_steps or 0) or len(dataset) * args.validation_epochs
+    )  # in examples
 
     # Training state on the devices: weights, optimizer state, average.
     transform = make_optimizer_transform(args)
@@ -645,12 +610,12 @@ def main(args):
 
     # Every check has passed: from here on the run writes.
     repo_id = on_first_process(prepare_hub_repository, args) if args.push_to_hub else args.hub_model_id
-    on_first_process(prepare_output_dir, args, first_step)
+    on_first_process(prepare_output_dir, args, first_step, last_step)
 
-    # One stream of examples for the whole run, entered where the checkpoint was made.
-    examples, preprocess = prepare_rows(args, dataset, tokenizer, models, weights)
-    stream = ExampleStream(examples, preprocess, args.seed, examples_seen, last_example)
-    micro_batches = read_ahead(stream, rows, args.dataloader_num_workers or reading_threads())
+    # One stream of examples for the whole run, entered where the checkpoint left it.
+    stream = ExampleStream(*prepare_rows(args, dataset, tokenizer, models, weights), args.seed)
+    positions = range(examples_seen, examples_seen + (last_step - first_step) * batch_size)
+    micro_batches = read_ahead(stream, positions, rows, args.dataloader_num_workers)
     on_first_process(save_frozen_parts, args, folder, index, models, weights)
     del weights  # on the devices now; main memory keeps only what validation needs
     frozen_weights = frozen_weights if args.cache_encodings and args.validation_prompts else {}
@@ -671,65 +636,59 @@ def main(args):
         encoders = frozen or on_devices(frozen_weights, mesh, dtype)  # only while it samples
         bound = functools.partial(sampler, averaged, encoders)
         images = sample_prompts(bound, args.validation_prompts, tokenizer, latents_shape, args.seed, mesh)
-        return log_validation(images, trackers, args, step) if jax.process_index() == 0 else None
+        return log_validation(images, log, args, step) if jax.process_index() == 0 else None
 
     # Loop.
     steps, kind = f"steps {first_step} to {last_step}, seed {args.seed}", jax.devices()[0].platform
     logger.info(f"{len(dataset)} images, {batch_size} per step, {steps}, on {jax.device_count()} {kind} devices")
-    trackers, checkpoints, agreement = Trackers(args), CheckpointWriter(args), SignalAgreement(mesh)
-    log, stop = UpdateLog(trackers, args, first_step, last_step), 0
+    log, checkpoints = UpdateLog(args, batch_size, first_step, last_step), CheckpointWriter(args)
+    agreed, stop, validation_image = signal_agreement(mesh), 0, None
+    by_row = NamedSharding(mesh, PartitionSpec(None, "data"))  # of micro-batches (micro-steps, rows, ...)
     key = place(random_generator(args.seed, 4).integers(2**32, size=2, dtype=np.uint32), mesh)
-    with (
-        contextlib.closing(micro_batches),
-        contextlib.closing(trackers),
-        checkpoints,
-        log.progress_bar,
-        noted_signals() as noted,
-    ):
+    closing = contextlib.closing
+    with closing(micro_batches), closing(log), closing(checkpoints), noted_signals() as noted:
         for step in range(first_step + 1, last_step + 1):
-            wait_started = time.perf_counter()
-            batches = [next(micro_batches) for _ in range(args.gradient_accumulation_steps)]
-            waited = time.perf_counter() - wait_started
-            batches = join_micro_batches(batches, mesh)
+            batches = [log.next_batch(micro_batches) for _ in range(args.gradient_accumulation_steps)]
+            batches = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
+            batches = jax.tree.map(functools.partial(jax.make_array_from_process_local_data, by_row), batches)
             train_state, metrics = update(train_state, frozen, batches, key, place(np.int32(step), mesh))
-            log.add(step, metrics, batch_size, waited)
+            log.add(step, metrics)
             examples_seen += batch_size
 
-            stop = agreement.after_update(noted) if step < last_step else 0
+            stop = agreed(noted) if step < last_step else 0
             save = stop or step % args.checkpointing_steps == 0
-            due = step < last_step and not stop
-            due = due and validation_due(args, step, examples_seen, batch_size, len(dataset))
-            if save or due or step % args.logging_steps == 0 or step in (first_step + 1, last_step):
+            draw = args.validation_prompts and step < last_step and not stop
+            draw = draw and examples_seen // validation_period > (examples_seen - batch_size) // validation_period
+            if save or draw or step % args.logging_steps == 0 or step in (first_step + 1, last_step):
                 log.flush()
-                checkpoints.poll()
+                checkpoints.finish(wait=False)
             if save:
                 checkpoints.save(train_state, {**run, "step": step, "examples_seen": examples_seen})
-            if due:
+            if draw:
                 validate(step)
-            if save or due:
-                log.restart_clock()
             if stop:
                 break
         checkpoints.finish()
         if stop:
-            raise RunStopped(stop, f"after step {step}; the same command with --resume_from_checkpoint resumes")
+            name = signal.Signals(stop).name
+            logger.warning(
+                f"stopped by {name} after step {step}; the same command with --resume_from_checkpoint resumes"
+            )
+            sys.exit(128 + stop)
 
         # Result.
-        params = to_host(train_state.get("ema", train_state["params"]))
+        params = multihost_utils.process_allgather(train_state.get("ema", train_state["params"]), tiled=True)
         on_first_process(save_result, args, folder, unet_folder, index, models["unet"], params, prediction_type)
-        validation_image = validate(last_step) if args.validation_prompts else None
+        if args.validation_prompts:
+            validation_image = validate(last_step)
     if jax.process_index() == 0:
-        name = repo_id or args.output_dir
-        save_model_card(args, name, *model_card_facts(args, name), args.seed, last_step, validation_image)
+        save_model_card(args, repo_id or args.output_dir, args.seed, last_step, validation_image)
         logger.info(f"saved the pipeline in {args.output_dir}")
     if args.push_to_hub:
         on_first_process(push_to_hub, args, repo_id)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Models
-# ----------------------------------------------------------------------------------------------------------------------
-
+# Models ---------------------------------------------------------------------------------------------------------------
 # Attribute paths are the names in PyTorch checkpoints, such as `down_blocks.0.attentions.1.proj_in`: `name_of` is the
 # only rule for loading and saving. Images and latents are arrays (batch, height, width, channels).
 
@@ -742,8 +701,7 @@ def convolution(in_channels, out_channels, size, rngs, **options):
 
 def group_norm(channels, config, epsilon, rngs):
     """Group normalisation in config.norm_num_groups groups; the variance is computed in two passes, as in PyTorch."""
-    groups = config.norm_num_groups
-    return nnx.GroupNorm(channels, groups, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+    return nnx.GroupNorm(channels, config.norm_num_groups, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
 
 def layer_norm(channels, epsilon, rngs):
@@ -752,11 +710,8 @@ def layer_norm(channels, epsilon, rngs):
 
 
 def attention_kernel(device, dtype, head_size):
-    """The `implementation` of `jax.nn.dot_product_attention`: "cudnn", or None for XLA, which stores all weights.
-
-    cuDNN's flash attention takes half precision and head sizes that are multiples of 8: up to 128 on every Nvidia GPU
-    since Ampere, up to 256 on some. device: a `jax.Device`.
-    """
+    """The `implementation` of attention: None for XLA, which stores all attention weights, or "cudnn". That takes half
+    precision and head sizes that are multiples of 8, on every Nvidia GPU since Ampere up to 128."""
     capability = getattr(device, "compute_capability", "")  # of AMD's GPUs it is a name, such as gfx942
     recent = device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8
     fits = dtype in (jnp.float16, jnp.bfloat16) and head_size % 8 == 0 and head_size <= 128
@@ -833,41 +788,29 @@ class ResnetBlock2D(nnx.Module):
     def __init__(self, in_channels, out_channels, time_channels, config, epsilon, rngs):
         self.norm1 = group_norm(in_channels, config, epsilon, rngs)
         self.conv1 = convolution(in_channels, out_channels, 3, rngs)
-        if time_channels:
-            self.time_emb_proj = nnx.Linear(time_channels, out_channels, rngs=rngs)
+        self.time_emb_proj = nnx.Linear(time_channels, out_channels, rngs=rngs) if time_channels else None
         self.norm2 = group_norm(out_channels, config, epsilon, rngs)
         self.conv2 = convolution(out_channels, out_channels, 3, rngs)
-        self.projects = in_channels != out_channels
-        if self.projects:
-            self.conv_shortcut = convolution(in_channels, out_channels, 1, rngs)
+        projects = in_channels != out_channels
+        self.conv_shortcut = convolution(in_channels, out_channels, 1, rngs) if projects else None
 
     def __call__(self, x, time_embedding=None):
         hidden = self.conv1(jax.nn.silu(self.norm1(x)))
         if time_embedding is not None:
             hidden += self.time_emb_proj(jax.nn.silu(time_embedding))[:, None, None, :]
         hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
-        return (self.conv_shortcut(x) if self.projects else x) + hidden
+        return (x if self.conv_shortcut is None else self.conv_shortcut(x)) + hidden
 
 
-class Downsample2D(nnx.Module):
-    """Halves the sides by a strided convolution, padded evenly in the UNet and to the right and bottom in the VAE."""
-
-    def __init__(self, channels, padding, rngs):
-        self.conv = convolution(channels, channels, 3, rngs, strides=2, padding=padding)
-
-    def __call__(self, x):
-        return self.conv(x)
+def resamplers(channels, exist, rngs, **options):
+    """A list of the convolution that halves or doubles the sides of a level, or an empty one."""
+    return nnx.List([nnx.Dict(conv=convolution(channels, channels, 3, rngs, **options))] if exist else [])
 
 
-class Upsample2D(nnx.Module):
-    """Doubles the sides by repeating pixels, cut to those of `like`, which are odd where an odd side was halved."""
-
-    def __init__(self, channels, rngs):
-        self.conv = convolution(channels, channels, 3, rngs)
-
-    def __call__(self, x, like=None):
-        x = x.repeat(2, axis=1).repeat(2, axis=2)
-        return self.conv(x if like is None else x[:, : like.shape[1], : like.shape[2]])
+def upsample(x, like=None):
+    """Double the sides by repeating pixels, cut to those of `like`, which are odd where an odd side was halved."""
+    x = x.repeat(2, axis=1).repeat(2, axis=2)
+    return x if like is None else x[:, : like.shape[1], : like.shape[2]]
 
 
 class Attention(nnx.Module):
@@ -898,22 +841,21 @@ class AttentionBlock(Attention):
 
 
 class VAEBlock(nnx.Module):
-    """A level of the VAE: residual blocks, the first one followed by attention if there is any, then resampling.
-
-    sizes: channels before each residual block and after the last one.
-    """
+    """A level of the VAE: residual blocks, the first one followed by attention if there is any, then resampling. sizes:
+    channels before each residual block and after the last one."""
 
     def __init__(self, sizes, config, rngs, attends=False, halves=False, doubles=False):
         self.resnets = nnx.List([ResnetBlock2D(*pair, None, config, 1e-6, rngs) for pair in itertools.pairwise(sizes)])
         self.attentions = nnx.List([AttentionBlock(sizes[-1], config, rngs)] if attends else [])
-        self.downsamplers = nnx.List([Downsample2D(sizes[-1], ((0, 1), (0, 1)), rngs)] if halves else [])
-        self.upsamplers = nnx.List([Upsample2D(sizes[-1], rngs)] if doubles else [])
+        right_and_bottom = {"strides": 2, "padding": ((0, 1), (0, 1))}
+        self.downsamplers = resamplers(sizes[-1], halves, rngs, **right_and_bottom)
+        self.upsamplers = resamplers(sizes[-1], doubles, rngs)
 
     def __call__(self, x):
         first, *rest = self.resnets
-        for layer in (first, *self.attentions, *rest, *self.downsamplers, *self.upsamplers):
+        for layer in (first, *self.attentions, *rest, *(sampler.conv for sampler in self.downsamplers)):
             x = layer(x)
-        return x
+        return self.upsamplers[0].conv(upsample(x)) if len(self.upsamplers) else x
 
 
 class VAEHalf(nnx.Module):
@@ -948,8 +890,7 @@ class AutoencoderKL(nnx.Module):
         self.post_quant_conv = convolution(latents, latents, 1, rngs)
 
     def encode(self, pixel_values):
-        """Pixels (b, height, width, 3) in [-1, 1] to the posterior's moments: means, then log-variances, in the
-        channels."""
+        """Pixels (b, height, width, 3) in [-1, 1] to the posterior's moments: channels of means, then log-variances."""
         return self.quant_conv(self.encoder(pixel_values))
 
     def decode(self, latents):
@@ -974,21 +915,8 @@ class TimestepEmbedding(nnx.Module):
         return self.linear_2(jax.nn.silu(self.linear_1(jnp.concatenate(parts, axis=-1).astype(dtype))))
 
 
-class FeedForward(nnx.Module):
-    """A linear layer gated by the exact GELU of another (arXiv:2002.05202), then a third; `net.1` is PyTorch's dropout."""
-
-    def __init__(self, channels, rngs):
-        inner = 4 * channels
-        both = nnx.Dict(proj=nnx.Linear(channels, 2 * inner, rngs=rngs))
-        self.net = nnx.Dict({"0": both, "2": nnx.Linear(inner, channels, rngs=rngs)})
-
-    def __call__(self, x):
-        hidden, gate = jnp.split(self.net["0"].proj(x), 2, axis=-1)
-        return self.net["2"](hidden * jax.nn.gelu(gate, approximate=False))
-
-
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, attention to the text, feed-forward."""
+    """Self-attention, attention to the text, and two linear layers with exact GELU gates (arXiv:2002.05202)."""
 
     def __init__(self, channels, heads, config, rngs):
         self.norm1 = layer_norm(channels, 1e-5, rngs)
@@ -996,23 +924,22 @@ class BasicTransformerBlock(nnx.Module):
         self.norm2 = layer_norm(channels, 1e-5, rngs)
         self.attn2 = Attention(channels, config.cross_attention_dim, heads, False, rngs)
         self.norm3 = layer_norm(channels, 1e-5, rngs)
-        self.ff = FeedForward(channels, rngs)
+        gated, linear = nnx.Linear(channels, 8 * channels, rngs=rngs), nnx.Linear(4 * channels, channels, rngs=rngs)
+        self.ff = nnx.Dict(net=nnx.Dict({"0": nnx.Dict(proj=gated), "2": linear}))  # "1" is a dropout in PyTorch
 
     def __call__(self, x, context):
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
+        hidden, gate = jnp.split(self.ff.net["0"].proj(self.norm3(x)), 2, axis=-1)
+        return x + self.ff.net["2"](hidden * jax.nn.gelu(gate, approximate=False))
 
 
 class Transformer2DModel(nnx.Module):
     """A transformer over the pixels; its projections are convolutions in SD 1.x and linear layers in SD 2.x."""
 
     def __init__(self, channels, heads, config, rngs):
-        def projection():
-            if config.use_linear_projection:
-                return nnx.Linear(channels, channels, rngs=rngs)
-            return convolution(channels, channels, 1, rngs)
-
+        linear = functools.partial(nnx.Linear, channels, channels, rngs=rngs)
+        projection = linear if config.use_linear_projection else lambda: convolution(channels, channels, 1, rngs)
         self.norm = group_norm(channels, config, 1e-6, rngs)
         self.proj_in = projection()
         self.transformer_blocks = nnx.List([BasicTransformerBlock(channels, heads, config, rngs)])
@@ -1025,31 +952,26 @@ class Transformer2DModel(nnx.Module):
 
 
 class UNetBlock(nnx.Module):
-    """A level of the UNet: residual blocks, each followed by attention as long as there is any, then resampling.
-
-    pairs: channels before and after each residual block.
-    """
+    """A level of the UNet: residual blocks, each followed by attention as long as there is any, then resampling. pairs:
+    channels before and after each residual block."""
 
     def __init__(self, pairs, heads, attentions, config, rngs, halves=False, doubles=False):
         channels, time_channels = pairs[-1][1], 4 * config.block_out_channels[0]
         self.resnets = nnx.List([ResnetBlock2D(*pair, time_channels, config, config.norm_eps, rngs) for pair in pairs])
         self.attentions = nnx.List([Transformer2DModel(channels, heads, config, rngs) for _ in range(attentions)])
-        self.downsamplers = nnx.List([Downsample2D(channels, 1, rngs)] if halves else [])
-        self.upsamplers = nnx.List([Upsample2D(channels, rngs)] if doubles else [])
+        self.downsamplers = resamplers(channels, halves, rngs, strides=2)
+        self.upsamplers = resamplers(channels, doubles, rngs)
 
     def __call__(self, x, time_embedding, context, skips=None, like=None):
-        """Returns the output of each layer, the last one for the next level.
-
-        skips: on the way up, an input of each residual block that joins the main one; like: an array of the sides to
-        upsample to.
-        """
+        """Returns the output of each layer. skips: on the way up, further inputs of the residual blocks; like: an array
+        of the sides to upsample to."""
         outputs = []
         for k, resnet in enumerate(self.resnets):
             x = resnet(x if skips is None else jnp.concatenate([x, skips[k]], axis=-1), time_embedding)
             x = self.attentions[k](x, context) if k < len(self.attentions) else x
             outputs.append(x)
-        outputs += [downsampler(x) for downsampler in self.downsamplers]
-        return outputs + [upsampler(x, like) for upsampler in self.upsamplers]
+        outputs += [sampler.conv(x) for sampler in self.downsamplers]
+        return outputs + [sampler.conv(upsample(x, like)) for sampler in self.upsamplers]
 
 
 class UNet2DConditionModel(nnx.Module):
@@ -1082,11 +1004,7 @@ class UNet2DConditionModel(nnx.Module):
 
     def __call__(self, x, timesteps, context, rematerialise=False):
         """rematerialise: store only the outputs of blocks, and recompute the rest for the gradient."""
-
-        def call(block, *arguments):
-            return block(*arguments)
-
-        call = nnx.remat(call) if rematerialise else call
+        call = nnx.remat(UNetBlock.__call__) if rematerialise else UNetBlock.__call__
         time_embedding = self.time_embedding(timesteps, x.dtype)
         skips = [self.conv_in(x)]
         for block in self.down_blocks:
@@ -1101,10 +1019,7 @@ class UNet2DConditionModel(nnx.Module):
 PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sampling
-# ----------------------------------------------------------------------------------------------------------------------
-
+# Sampling -------------------------------------------------------------------------------------------------------------
 VALIDATION_STEPS, GENERATION_STEPS = 20, 50  # of DDIM
 
 
@@ -1118,10 +1033,8 @@ def predicted_clean(prediction_type, prediction, noisy, alphas_cumprod):
 
 
 def ddim_steps(config, alphas_cumprod, number):
-    """The timesteps of `number` steps of DDIM, largest first, and ᾱ before and after each: three arrays (number,).
-
-    config: the model's scheduler's (dict); it says how timesteps are spaced (arXiv:2305.08891, table 2).
-    """
+    """The timesteps of `number` steps of DDIM, largest first, and ᾱ before and after each: three arrays (number,). The
+    scheduler's `config` (dict) says how timesteps are spaced (arXiv:2305.08891, table 2)."""
     total, spacing = len(alphas_cumprod), config.get("timestep_spacing", "leading")
     if config.get("rescale_betas_zero_snr"):  # only the last timestep has no signal, and sampling has to start there
         spacing = "trailing"
@@ -1170,11 +1083,8 @@ def make_sampler(models, scheduler_config, prediction_type, number, dtype):
 
 
 def sample_prompts(sampler, prompts, tokenizer, latents_shape, seed, mesh):
-    """Generate a picture of every prompt (list of str), one per device at a time. Returns a list of `PIL.Image`.
-
-    sampler: function of (input_ids, latents). The noise of a prompt is a function of the seed and the prompt's place in
-    the list alone. To be called by every process.
-    """
+    """Generate a `PIL.Image` of every prompt, one per device at a time, always from the same noise. To be called by
+    every process. sampler: function of (input_ids, latents)."""
     images, devices = [], mesh.devices.size
     for first in range(0, len(prompts), devices):
         part = [*prompts[first : first + devices]]
@@ -1183,12 +1093,14 @@ def sample_prompts(sampler, prompts, tokenizer, latents_shape, seed, mesh):
         generators = (random_generator(seed, 2, first + k) for k in range(devices))
         latents = np.stack([rng.standard_normal(latents_shape, dtype=np.float32) for rng in generators])
         inputs = (place(input_ids, mesh, PartitionSpec(None, "data")), place(latents, mesh, PartitionSpec("data")))
-        images += [PIL.Image.fromarray(image) for image in to_host(sampler(*inputs))]
+        images += [
+            PIL.Image.fromarray(image) for image in multihost_utils.process_allgather(sampler(*inputs), tiled=True)
+        ]
     return images[: len(prompts)]
 
 
 def generate(args):
-    """Generate a picture of --generate with the pipeline, and write it as PNG to the current folder."""
+    """Generate a picture of --generate with the pipeline, and write it as a new PNG file to the current folder."""
     mesh, dtype = device_mesh(jax.devices()), compute_type(args)
     _, _, scheduler_config, tokenizer, models, weights = load_pipeline(args)
     latents_shape = check_architecture(models, tokenizer, args.resolution)
@@ -1199,8 +1111,9 @@ def generate(args):
     sampler = functools.partial(sampler, placed["unet"], placed)
     (image,) = sample_prompts(sampler, [args.generate], tokenizer, latents_shape, args.seed, mesh)
     if jax.process_index() == 0:
-        with naming("--generate"):
-            path = unused_path(f"{file_name(args.generate)}-seed-{args.seed % 2**64}")
+        names = (f"{file_name(args.generate)}-seed-{args.seed}{suffix}.png" for suffix in ("", *range(-2, -1000, -1)))
+        path = next(Path(name) for name in names if not Path(name).exists())
+        with naming(f"{path} cannot be written"):
             image.save(path)
         logger.info(f"generated {path}")
 
@@ -1211,17 +1124,7 @@ def file_name(prompt):
     return "-".join(kept.split()).encode()[:150].decode(errors="ignore") or "picture"
 
 
-def unused_path(stem):
-    """A Path of a PNG file in the current folder that does not exist yet."""
-    numbers = itertools.chain([""], map("-{}".format, itertools.count(2)))
-    return next(path for path in (Path(f"{stem}{number}.png") for number in numbers) if not path.exists())
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Weight files
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# Weight files ---------------------------------------------------------------------------------------------------------
 class Model(NamedTuple):
     """A module apart from its weights, which are a flat dict of arrays by their names in PyTorch checkpoints."""
 
@@ -1231,7 +1134,6 @@ class Model(NamedTuple):
     shapes: dict  # {name: shape in the module}
 
     def module(self, weights):
-        """The module with `weights`, ready to be called."""
         flat = {self.paths[name]: nnx.Param(value) for name, value in weights.items()}
         return nnx.merge(self.graphdef, nnx.from_flat_state(flat))
 
@@ -1264,55 +1166,43 @@ def flax_path_of(path):
 
 def to_module_layout(path, array):
     """From PyTorch's (out, in, height, width) to (height, width, in, out), and (out, in) to (in, out)."""
-    if path[-1] != "kernel":
-        return array
-    return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
+    axes = (2, 3, 1, 0) if array.ndim == 4 else (1, 0)
+    return array.transpose(axes) if path[-1] == "kernel" else array
 
 
 def to_checkpoint_layout(path, array):
     """The inverse of `to_module_layout`."""
-    if path[-1] != "kernel":
-        return array
-    return array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
+    axes = (3, 2, 0, 1) if array.ndim == 4 else (1, 0)
+    return array.transpose(axes) if path[-1] == "kernel" else array
 
 
-def file_names(folder):
-    """The names of a model's weights in its folder (Path): of safetensors files without suffix, and of Flax's file."""
-    if folder.name == "text_encoder":
-        return "model", "flax_model.msgpack"
-    return "diffusion_pytorch_model", "diffusion_flax_model.msgpack"
+# Names of weight files: of safetensors without suffix, and of Flax's.
+FILE_NAMES = dict.fromkeys(("unet", "vae"), ("diffusion_pytorch_model", "diffusion_flax_model.msgpack"))
+FILE_NAMES["text_encoder"] = ("model", "flax_model.msgpack")
 
 
 def weight_files(folder, variant):
     """The weight files in a model's folder (Paths): safetensors, one or several, or Flax's msgpack. Raises RunError."""
-    stem, flax_name = file_names(folder)
+    stem, flax_name = FILE_NAMES[folder.name]
     suffix = f".{variant}" if variant else ""
-    index = folder / f"{stem}.safetensors.index{suffix}.json"
-    files = [folder / f"{stem}{suffix}.safetensors"]
+    index, names = folder / f"{stem}.safetensors.index{suffix}.json", [f"{stem}{suffix}.safetensors"]
     if index.is_file():
         with naming(f"{index}"):
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    elif not variant and not files[0].is_file():
-        files = [folder / flax_name]
-    missing = [path.name for path in files if not path.is_file()]
-    if not missing:
-        return files
-    problem = f"holds no weights of {f'variant {variant}' if variant else 'the plain variant'}"
-    if index.is_file():
-        problem = f"{', '.join(missing)} is missing"
-    others = ", ".join(sorted({path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".msgpack")}))
-    raise RunError(
-        f"{folder}: {problem}, only {others or 'files that are not read'}; .bin files are not loaded, for pickles can run "
-        "code; with PyTorch: DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)"
-    )
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    elif not variant and (folder / flax_name).is_file() and not (folder / names[0]).is_file():
+        names = [flax_name]
+    missing = ", ".join(name for name in names if not (folder / name).is_file())
+    others = ", ".join(sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".msgpack")))
+    if missing:
+        hint = "with PyTorch: DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)"
+        problem = f"{missing} is missing, only {others or 'files that are not read'}"
+        raise RunError(f"{folder}: {problem}; .bin files are not loaded, for pickles can run code; {hint}")
+    return [folder / name for name in names]
 
 
 def read_weights(model, folder, variant):
-    """A model's weights: {name: NumPy array in the module's layout, float32}.
-
-    Takes the names of all releases of diffusers and transformers. Raises RunError that names what is missing, not
-    expected or of another shape.
-    """
+    """A model's weights: {name: NumPy array in the module's layout, float32}. Raises RunError that names what is
+    missing, unexpected or of another shape. Takes the names of all releases of diffusers and transformers."""
     tensors = {}
     for file in weight_files(folder, variant):
         with naming(f"{file}: cannot be read"):
@@ -1345,13 +1235,15 @@ def published_name(name, part):
 
 def write_weights(model, weights, folder, flax_too):
     """Write weights {name: array in the module's layout} as safetensors, and also as Flax's msgpack if `flax_too`."""
-    stem, flax_name = file_names(folder)
+    stem, flax_name = FILE_NAMES[folder.name]
     arrays = {name: np.ascontiguousarray(to_checkpoint_layout(model.paths[name], weights[name])) for name in weights}
     safetensors.numpy.save_file(arrays, folder / f"{stem}.safetensors", metadata={"format": "pt"})
     if flax_too:
         tree = flax.traverse_util.unflatten_dict({flax_path_of(model.paths[name]): weights[name] for name in weights})
         (folder / flax_name).write_bytes(flax.serialization.msgpack_serialize(tree))
 
+
+# The fields of a configuration that say how a model is built, with the defaults of the libraries.
 
 FIELDS = {
     "unet": {
@@ -1370,50 +1262,51 @@ FIELDS = {
         **{"num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     },
 }
-
+# The values that further fields, or all elements of a list, have in Stable Diffusion 1.x and 2.x.
 FIXED = {
-    "unet": {
-        **{"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "mid_block_type": ["UNetMidBlock2DCrossAttn"]},
-        **{"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "act_fn": ["silu"], "attention_type": ["default"]},
-        **{"conv_in_kernel": [3], "conv_out_kernel": [3], "downsample_padding": [1], "dropout": [0]},
-        **{"mid_block_scale_factor": [1], "resnet_out_scale_factor": [1], "transformer_layers_per_block": [1]},
-        **{"resnet_time_scale_shift": ["default"], "time_embedding_type": ["positional"]},
-        **dict.fromkeys(("center_input_sample", "dual_cross_attention", "only_cross_attention"), [False]),
-        **dict.fromkeys(("resnet_skip_time_act", "class_embeddings_concat"), [False]),
-        **dict.fromkeys(("addition_embed_type", "class_embed_type", "cross_attention_norm", "encoder_hid_dim"), [None]),
-        **dict.fromkeys(("num_attention_heads", "num_class_embeds", "time_cond_proj_dim", "timestep_post_act"), [None]),
-        **dict.fromkeys(("time_embedding_act_fn", "time_embedding_dim"), [None]),
-    },
-    "vae": {
-        **{"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"], "act_fn": ["silu"]},
-        **dict.fromkeys(("use_quant_conv", "use_post_quant_conv"), [True]),
-        **dict.fromkeys(("latents_mean", "latents_std", "shift_factor"), [None]),
-    },
-    "text_encoder": {"hidden_act": ["quick_gelu", "gelu"], "model_type": ["clip_text_model"]},
+    "unet": [
+        ([None], "addition_embed_type class_embed_type cross_attention_norm encoder_hid_dim num_attention_heads"),
+        ([None], "num_class_embeds time_cond_proj_dim timestep_post_act time_embedding_act_fn time_embedding_dim"),
+        ([False], "center_input_sample dual_cross_attention only_cross_attention resnet_skip_time_act"),
+        ([False], "class_embeddings_concat"),
+        ([0], "dropout"),
+        ([1], "downsample_padding mid_block_scale_factor resnet_out_scale_factor transformer_layers_per_block"),
+        ([3], "conv_in_kernel conv_out_kernel"),
+        (["default"], "attention_type resnet_time_scale_shift"),
+        (["positional"], "time_embedding_type"),
+        (["silu"], "act_fn"),
+        (["CrossAttnDownBlock2D", "DownBlock2D"], "down_block_types"),
+        (["UNetMidBlock2DCrossAttn"], "mid_block_type"),
+        (["CrossAttnUpBlock2D", "UpBlock2D"], "up_block_types"),
+    ],
+    "vae": [
+        ([None], "latents_mean latents_std shift_factor"),
+        ([True], "use_quant_conv use_post_quant_conv"),
+        (["silu"], "act_fn"),
+        (["DownEncoderBlock2D"], "down_block_types"),
+        (["UpDecoderBlock2D"], "up_block_types"),
+    ],
+    "text_encoder": [(["quick_gelu", "gelu"], "hidden_act"), (["clip_text_model"], "model_type")],
 }
 
 
 def read_config(folder):
     """Read config.json of a model's folder as a SimpleNamespace of FIELDS. Raises RunError if FIXED is not met."""
-    part = folder.name
-    with naming(f"{folder / 'config.json'}"):
-        config = json.loads((folder / "config.json").read_text())
-    for field, allowed in FIXED[part].items():
+    path, part = folder / "config.json", folder.name
+    with naming(f"{path}"):
+        config = json.loads(path.read_text())
+    for allowed, field in ((allowed, field) for allowed, fields in FIXED[part] for field in fields.split()):
         value = config.get(field, allowed[0])
         if not all(element in allowed for element in (value if isinstance(value, list) else [value])):
-            raise RunError(
-                f"{folder / 'config.json'}: {field} is {json.dumps(value)}; in Stable Diffusion 1.x and 2.x, which "
-                f"alone are supported, it is {' or '.join(map(json.dumps, allowed))}"
-            )
+            choice = " or ".join(map(json.dumps, allowed))
+            what = f"{field} is {json.dumps(value)}; in Stable Diffusion 1.x and 2.x, which alone are supported, it is"
+            raise RunError(f"{path}: {what} {choice}")
     return SimpleNamespace(**{field: config.get(field, default) for field, default in FIELDS[part].items()})
 
 
 def load_pipeline(args):
-    """Load the pipeline to start from. Raises RunError.
-
-    Returns its folder and that of the UNet, the scheduler's configuration (dict), the tokenizer, and {part: `Model`}
-    and {part: weights, NumPy arrays in float32}.
-    """
+    """Load the pipeline to start from: its folder and the UNet's, the scheduler's configuration (dict), the tokenizer,
+    {part: `Model`} and {part: weights, NumPy arrays in float32}. Raises RunError."""
     path = args.pretrained_model_name_or_path
     folder = unet_folder = find_pipeline(path, args.revision, args)
     if args.non_ema_revision:
@@ -1431,10 +1324,7 @@ def load_pipeline(args):
 
 
 def find_pipeline(path, revision, args, part="*"):
-    """The local folder of a pipeline, downloaded if `path` is a Hub id; part: the only sub-folder that is needed.
-
-    Raises RunError.
-    """
+    """The local folder of a pipeline, or only of its sub-folder `part`; downloaded from a Hub id. Raises RunError."""
     name, folder = f"--pretrained_model_name_or_path {path}", Path(path)
     if path.startswith(("/", ".", "~")) and not folder.is_dir():
         raise RunError(f"{name}: there is no such folder")
@@ -1450,16 +1340,13 @@ def find_pipeline(path, revision, args, part="*"):
                 folder = Path(download(allow_patterns=[*wanted, f"{part}/*flax_model.msgpack"]))
     for needed in ("scheduler", "tokenizer", *PARTS) if part == "*" else [part]:
         if not (folder / needed).is_dir():
-            what = "the folder has no" if folder == Path(path) else "it has no"
-            raise RunError(f"{name}: {what} {needed}/, which a pipeline of this kind needs")
+            raise RunError(f"{name}: has no {needed}/, which a pipeline of this kind needs")
     return folder
 
 
 def result_index(folder, variant):
-    """The model_index.json of the result (dict), from that of a pipeline's folder. Raises RunError.
-
-    It has PyTorch's class names, which Flax reads too, and leaves out a safety checker that PyTorch cannot load.
-    """
+    """The result's model_index.json (dict), from that of a pipeline's folder: with PyTorch's class names, which Flax
+    reads too, and without a safety checker that PyTorch cannot load. Raises RunError."""
     with naming("model_index.json"):
         index = json.loads((folder / "model_index.json").read_text())
     for part, entry in index.items():
@@ -1474,10 +1361,7 @@ def result_index(folder, variant):
 
 
 def save_frozen_parts(args, folder, index, models, weights):
-    """Write all of the result but what is trained, before the training, so that nothing can be missing after it.
-
-    index: of `result_index`. The safety checker is copied without the variant in its file name.
-    """
+    """Write all of the result but what is trained, before the training, so that nothing can be missing after it."""
     output_dir = Path(args.output_dir)
     with naming(f"{output_dir} cannot be written"):
         for part, entry in index.items():
@@ -1515,7 +1399,7 @@ def save_result(args, folder, unet_folder, index, model, params, prediction_type
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The machinery: errors and log lines
+# The machinery
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1523,19 +1407,7 @@ logger = logging.getLogger(__name__)
 
 
 class RunError(Exception):
-    """An error that the user can fix, as one line that names the flag, file or row. Exit status 1."""
-
-
-class RunStopped(Exception):
-    """(signum, where): a signal stopped the run at a point where it can resume. Exit status 128 + signum."""
-
-
-class AboveProgressBar(logging.Handler):
-    """Writes log lines to stderr without breaking the progress bar."""
-
-    def emit(self, record):
-        line = f"{time.strftime('%H:%M:%S')} {record.levelname} {record.getMessage()}"
-        tqdm.write(printable(line), file=sys.stderr)
+    """An error that the user can fix, as one line that names the flag, file or row. The script exits with status 1."""
 
 
 def printable(text):
@@ -1543,40 +1415,26 @@ def printable(text):
     return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
-def reason(error):
-    """One line about an exception and its root cause: libraries often wrap the informative one."""
-    root = error
-    while cause := root.__cause__ or root.__context__:
-        root = cause
-    lines = [(str(part).strip() or type(part).__name__).splitlines()[0].rstrip(":") for part in (error, root)]
-    return ": ".join(dict.fromkeys(lines))
-
-
 @contextlib.contextmanager
 def naming(what):
-    """Re-raise any exception as a one-line RunError prefixed with `what` (str)."""
+    """Re-raise any exception as a RunError: `what` (str), and one line of the exception and of its root cause."""
     try:
         yield
-    except (RunError, RunStopped):
+    except RunError:
         raise
-    except Exception as error:  # libraries raise exceptions of all kinds
-        raise RunError(f"{what}: {reason(error)}") from error
+    except Exception as error:  # libraries raise exceptions of all kinds, and wrap the informative one
+        root = error
+        while cause := root.__cause__ or root.__context__:
+            root = cause
+        lines = [(str(part).strip() or type(part).__name__).splitlines()[0].rstrip(":") for part in (error, root)]
+        raise RunError(": ".join(dict.fromkeys([what, *lines]))) from error
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data sets and the stream of examples
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def load_train_dataset(args, columns, seed):
-    """Load the training split that the flags name, or --max_train_samples rows of it, sampled with `seed`.
-
-    columns: flags that name columns, such as "image_column". Images are not decoded: a row has {"bytes", "path"}, so
-    that an unreadable one can be named. Raises RunError.
-    """
+# Data sets and the stream of examples ---------------------------------------------------------------------------------
+def load_train_dataset(args, flags, seed):
+    """Load the columns of the training split that `flags` name, images undecoded. Raises RunError."""
     source = args.dataset_name or args.train_data_dir
-    name = f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}"
-    with naming(name):
+    with naming(f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}"):
         if Path(source, "state.json").is_file() or Path(source, "dataset_dict.json").is_file():
             dataset = datasets.load_from_disk(source)
         elif args.dataset_name:
@@ -1586,38 +1444,27 @@ def load_train_dataset(args, columns, seed):
             files = {"train": os.path.join(glob.escape(source), "**")}
             dataset = datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
         dataset = dataset["train"] if isinstance(dataset, dict) else dataset
-    for flag in columns:
-        check_column(dataset, flag, getattr(args, flag))
-    dataset = dataset.select_columns([getattr(args, flag) for flag in columns])
+    columns = [getattr(args, flag) for flag in flags]
+    for flag, column in zip(flags, columns, strict=True):
+        if column not in dataset.column_names:
+            found = ", ".join(dataset.column_names)
+            raise RunError(f"--{flag} {column}: no such column in {found}; a folder has its captions in metadata.jsonl")
+        feature, values = dataset.features[column], dataset.data.column(column)
+        is_list = isinstance(feature, datasets.List)
+        is_text = getattr(feature.feature if is_list else feature, "dtype", None) in ("string", "large_string")
+        if not (isinstance(feature, datasets.Image) if flag == "image_column" else is_text):
+            raise RunError(f"--{flag} {column}: holds {feature}")
+        empty = [not row or None in row for row in values.to_pylist()] if is_list else values.is_null().to_pylist()
+        if True in empty or not empty:
+            raise RunError(f"--{flag} {column}: " + (f"row {empty.index(True)} is empty" if empty else "has no rows"))
+    dataset = dataset.select_columns(columns).cast_column(args.image_column, datasets.Image(decode=False))
     if args.max_train_samples:
         dataset = dataset.select(random_generator(seed, 3).permutation(len(dataset))[: args.max_train_samples])
-    if len(dataset) == 0:
-        raise RunError(f"{name}: the data set has no rows")
-    return dataset.cast_column(args.image_column, datasets.Image(decode=False))
-
-
-def check_column(dataset, flag, column):
-    """Raise RunError unless every row of `column` has an image; for "caption_column" text or a list of text."""
-    if column not in dataset.column_names:
-        hint = "" if len(dataset.column_names) > 1 else "; captions of a folder belong in its metadata.jsonl"
-        raise RunError(f"--{flag} {column}: no such column; there are {', '.join(dataset.column_names)}{hint}")
-    feature, values = dataset.features[column], dataset.data.column(column)
-    element = getattr(feature, "feature", feature)  # of a list
-    if flag == "image_column" and not isinstance(feature, datasets.Image):
-        raise RunError(f"--{flag} {column}: holds {feature}, not images")
-    if flag == "caption_column" and getattr(element, "dtype", None) not in ("string", "large_string"):
-        raise RunError(f"--{flag} {column}: holds {feature}, not text or lists of text")
-    is_list = element is not feature
-    empty = [not texts or None in texts for texts in values.to_pylist()] if is_list else values.is_null().to_pylist()
-    if True in empty:
-        raise RunError(f"--{flag} {column}: row {empty.index(True)} is empty")
+    return dataset
 
 
 def readable_rows(args, dataset):
-    """Read the first 1,000 images before the run writes anything; with --skip_bad_images all of them.
-
-    Returns the numbers of the rows to train on. Raises RunError for an unreadable image that is not to be skipped.
-    """
+    """The numbers of the rows to train on. Reads the first 1,000 images; --skip_bad_images: all. Raises RunError."""
 
     def problem(row):
         try:
@@ -1625,28 +1472,20 @@ def readable_rows(args, dataset):
         except RunError as error:
             return f"row {row}: {error}"
 
-    bad = set()
-    with ThreadPoolExecutor() as threads:  # Pillow decodes without the GIL
-        for first in range(0, len(dataset) if args.skip_bad_images else 1, 1000):  # a million futures need gigabytes
-            rows = range(first, min(first + 1000, len(dataset)))
-            for row, message in zip(rows, threads.map(problem, rows), strict=True):
-                if message and not args.skip_bad_images:
-                    raise RunError(f"{message}; --skip_bad_images skips such images")
-                if message:
-                    bad.add(row)
-                    logger.warning(f"skipped: {message}")
-    if len(bad) == len(dataset):
+    last = len(dataset) if args.skip_bad_images else min(1000, len(dataset))
+    with ThreadPool() as threads:  # Pillow decodes without the GIL
+        problems = threads.map(problem, range(last), chunksize=100)
+    for message in filter(None, problems):
+        if not args.skip_bad_images:
+            raise RunError(f"{message}; --skip_bad_images skips such images")
+        logger.warning(f"skipped: {message}")
+    if all(problems):
         raise RunError("--skip_bad_images: none of the images can be read")
-    return [row for row in range(len(dataset)) if row not in bad]
+    return [row for row in range(len(dataset)) if row >= last or not problems[row]]
 
 
 def read_image(value):
-    """Decode an image file of any mode to an upright RGB `PIL.Image` with transparency laid on white.
-
-    `value` is {"bytes": bytes or None, "path": str or None}. Raises RunError with the file's name if that fails.
-    """
-    if value is None:
-        raise RunError("there is no image")
+    """Decode {"bytes": bytes or None, "path": str or None} to an upright RGB `PIL.Image` on white. Raises RunError."""
     try:
         image = PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
         image = PIL.ImageOps.exif_transpose(image)
@@ -1675,19 +1514,13 @@ def permutation(seed, epoch, length):
 
 @dataclasses.dataclass
 class ExampleStream:
-    """Positions `first` to `last` of a run. Position k is a row and its randomness, functions of the seed and k alone."""
+    """All examples of a run, by position: position k is a row and its randomness, functions of the seed and k alone."""
 
     rows: Sequence
     preprocess: Callable  # (row, np.random.Generator) to a dict of tensors
     seed: int
-    first: int
-    last: int
 
-    def __len__(self):
-        return self.last - self.first
-
-    def __getitem__(self, index):
-        position = self.first + index
+    def __getitem__(self, position):
         epoch, place = divmod(position, len(self.rows))
         row = int(permutation(self.seed, epoch, len(self.rows))[place])
         try:
@@ -1696,37 +1529,27 @@ class ExampleStream:
             raise RunError(f"row {row}: {error}") from error
 
 
-def plan_steps(args, batch_size, num_rows, first_step, examples_seen):
-    """The last update of the run, and the position in its stream where it ends."""
-    examples_left = max(0, args.num_train_epochs * num_rows - examples_seen)
-    last_step = max(first_step, args.max_train_steps or first_step + math.ceil(examples_left / batch_size))
-    return last_step, examples_seen + (last_step - first_step) * batch_size
+def read_ahead(stream, positions, rows, threads):
+    """Yield this process's share of micro-batches of `rows` examples of an `ExampleStream`: dicts of arrays.
 
-
-def reading_threads():
-    """The default number of threads that read images: a CPU that trains has no cores to spare."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return 1 if jax.default_backend() == "cpu" else min(16, cores)
-
-
-def read_ahead(stream, rows, threads):
-    """Yield this process's share of micro-batches of `rows` examples: dicts of arrays (rows / processes, ...).
-
-    Threads read them ahead, up to two each. "positions" (rows, 2) are the high and low halves of positions in the run,
-    uint32: JAX has no 64-bit integers by default.
+    Threads read them ahead, up to two each. "positions" are high and low halves, (n, 2) of uint32: JAX lacks 64 bits.
     """
+    if not threads:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = 1 if jax.default_backend() == "cpu" else min(16, cores)
     own = rows // jax.process_count()
+    first_own = jax.process_index() * own
 
     def read(first):
-        examples = [stream[index] for index in range(first, first + own)]
-        positions = stream.first + np.arange(first, first + own)
+        numbers = np.array(positions[first : first + own])
+        examples = [stream[int(position)] for position in numbers]
         batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-        return {**batch, "positions": np.stack([positions >> 32, positions & 0xFFFFFFFF], axis=1).astype(np.uint32)}
+        return {**batch, "positions": np.stack([numbers >> 32, numbers & 0xFFFFFFFF], axis=1).astype(np.uint32)}
 
     executor, waiting = ThreadPoolExecutor(threads), collections.deque()
     try:
         with naming("the training images cannot be read"):
-            for first in range(jax.process_index() * own, len(stream), rows):
+            for first in range(first_own, len(positions), rows):
                 waiting.append(executor.submit(read, first))
                 if len(waiting) > 2 * threads:
                     yield waiting.popleft().result()
@@ -1736,66 +1559,58 @@ def read_ahead(stream, rows, threads):
         executor.shutdown(wait=False, cancel_futures=True)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Cached encodings
-# ----------------------------------------------------------------------------------------------------------------------
-
+# Cached encodings -----------------------------------------------------------------------------------------------------
 CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
 
 
 def cached_encodings(args, dataset, settings, weights, encode):
-    """The rows {"encodings": bytes} that `encode` returns for those of `dataset`, memory-mapped from --cache_encodings.
+    """The rows {"encodings": bytes} of `dataset`, memory-mapped from --cache_encodings. Encodes those that are missing.
 
-    `datasets` writes one file per chunk of rows, atomically. A file that exists is reused; the processes share out the
-    others. settings: what determines the encodings besides weights (arrays) and rows; encode: function of a batch of
-    rows (dict of lists, images decoded) to a list of bytes. To be called by every process.
+    settings: what determines encodings besides weights (trees of arrays) and rows; encode: function of a batch (a dict
+    of lists, images decoded) to a list of bytes. `datasets` writes a file per chunk of rows, atomically. To be called
+    by every process: an error or a signal in one stops all.
     """
     chunks = on_first_process(list_chunks, args, dataset, settings, weights)
     missing = on_first_process(lambda: [chunk for chunk in chunks if not os.path.exists(chunk[0])])
-    options = {"batched": True, "batch_size": args.train_batch_size * jax.local_device_count(), "with_indices": True}
-    options |= {"remove_columns": dataset.column_names, "writer_batch_size": 100}
-    datasets.disable_progress_bars()
+    own = missing[jax.process_index() :: jax.process_count()]
 
-    def encode_batch(rows, indices, first_row):
+    def encode_batch(rows):
         if noted:
-            raise RunStopped(noted[0][0], "while encoding; the same command resumes")
-        numbers = [first_row + index for index in indices]
-        rows[args.image_column] = list(threads.map(read_row_image, rows[args.image_column], numbers))
-        with naming("--cache_encodings: the images cannot be encoded"):
-            encodings = encode(rows)
+            logger.warning(f"stopped by {signal.Signals(noted[0][0]).name} while encoding; the same command resumes")
+            sys.exit(128 + noted[0][0])
+        rows[args.image_column] = threads.map(read_image, rows[args.image_column])
+        encodings = encode(rows)
         progress_bar.update(len(encodings))
         return {"encodings": encodings}
 
     def encode_chunk(path, first, last):
-        options.update(cache_file_name=path, new_fingerprint=Path(path).stem, fn_kwargs={"first_row": first})
-        with naming(f"{path} cannot be written"):
-            dataset.select(range(first, last)).map(encode_batch, **options)
+        with naming(f"--cache_encodings: rows {first} to {last} cannot be encoded to {path}"):
+            chunk, name = dataset.select(range(first, last)), Path(path).stem
+            chunk.map(encode_batch, cache_file_name=path, new_fingerprint=name, **options)
 
-    own, processes = missing[jax.process_index() :: jax.process_count()], jax.process_count()
-    progress_bar = tqdm(
-        total=sum(last - first for _, first, last in own), desc="encoding", unit="image", disable=not own
-    )
-    with noted_signals() as noted, ThreadPoolExecutor() as threads, progress_bar:
-        for turn in range(math.ceil(len(missing) / processes)):  # all of them stop at an error or signal in one
+    options = {"batched": True, "batch_size": args.train_batch_size * jax.local_device_count()}
+    options |= {"remove_columns": dataset.column_names, "writer_batch_size": 100}
+    progress_bar = tqdm(total=sum(chunk[2] - chunk[1] for chunk in own), desc="encoding", unit="image", disable=not own)
+    with noted_signals() as noted, ThreadPool() as threads, progress_bar:
+        for turn in range(math.ceil(len(missing) / jax.process_count())):
             on_all_processes(lambda turn=turn: [encode_chunk(*chunk) for chunk in own[turn : turn + 1]])
     with naming(f"--cache_encodings {args.cache_encodings}"):
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path, _, _ in chunks])
+        return datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path, *_ in chunks])
 
 
 def list_chunks(args, dataset, settings, weights):
-    """[(file of encodings, first row, row after the last)]: the file's path is a digest of all that determines it."""
+    """[(file of encodings, its first row, the row after its last)]. Its path is a digest of all that determines it."""
     digest = hashlib.sha256(json.dumps(settings, default=str).encode())
-    for array in weights:
+    for array in jax.tree.leaves(weights):
         digest.update(array)
     folder = Path(args.cache_encodings) / digest.hexdigest()[:16]
     with naming(f"--cache_encodings {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "flags.json").write_text(as_json(recorded_arguments(args, args.seed), indent=2))
         for path in folder.glob("tmp*"):  # the remains of a crash, unless another run is writing it
             if path.stat().st_mtime < time.time() - 86_400:
                 path.unlink(missing_ok=True)
         digests = row_digests(args, dataset)
-    # A row's own digest decides whether a chunk starts there: a row that is new or changed affects only its own chunk.
+    # The row's own digest decides whether a chunk starts there: a row that is new or changed affects only its chunk.
     starts = [row for row, digest in enumerate(digests) if row == 0 or int.from_bytes(digest) % CHUNK_ROWS == 0]
     chunks = list(itertools.pairwise([*starts, len(dataset)]))
     names = [hashlib.sha256(b"".join(digests[first:last])).hexdigest()[:32] for first, last in chunks]
@@ -1803,7 +1618,7 @@ def list_chunks(args, dataset, settings, weights):
 
 
 def row_digests(args, dataset):
-    """A digest (bytes) per row, which changes with its image or captions. Moving the data's folder changes none."""
+    """A digest (bytes) per row, which changes with its image or captions, and not if the data's folder moves."""
     if dataset[0][args.image_column]["bytes"] is not None:  # images inside the data set's own files
         return [dataset._fingerprint.encode() + row.to_bytes(8) for row in range(len(dataset))]
     data_folder = os.path.abspath(args.train_data_dir or args.dataset_name)
@@ -1815,31 +1630,13 @@ def row_digests(args, dataset):
         facts = [os.path.relpath(image["path"], data_folder), stat.st_size, stat.st_mtime_ns, captions, ends]
         return hashlib.sha256(repr(facts).encode()).digest()
 
-    columns = [args.image_column, *(name for name in dataset.column_names if name != args.image_column)]
-    with ThreadPoolExecutor(16) as threads:  # to hide the latency of a network disk
-        batches = dataset.iter(10_000)
-        return [digest for rows in batches for digest in threads.map(row_digest, *map(rows.get, columns))]
-
-
-def read_row_image(value, row):
-    """`read_image`, with the number of the row in its error."""
-    try:
-        return read_image(value)
-    except RunError as error:
-        raise RunError(f"row {row}: {error}") from error
-
-
-def tokenizer_rules(tokenizer):
-    """What decides about the tokens of a text, as values that JSON can hold."""
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    return [tokenizer.model_max_length, {name: rules[name] for name in rules if name not in ("truncation", "padding")}]
+    with ThreadPool(16) as threads:  # to hide the latency of a network disk
+        batches = (zip(*rows.values(), strict=True) for rows in dataset.iter(10_000))
+        return [digest for batch in batches for digest in threads.starmap(row_digest, batch)]
 
 
 def make_encoder(args, models, weights):
-    """A function that encodes an array (n, ...) for any n on the devices of this process: see `encode`.
-
-    Its arguments are the name of the input, "pixel_values" or "input_ids", and the array.
-    """
+    """A function of ("pixel_values" or "input_ids", array of any length) that calls `encode` on local devices."""
     mesh, dtype = device_mesh(jax.local_devices()), compute_type(args)
     frozen = on_devices({part: weights[part] for part in FROZEN}, mesh, dtype)
     compiled = jax.jit(functools.partial(encode, models=models, dtype=dtype))
@@ -1854,101 +1651,57 @@ def make_encoder(args, models, weights):
     return encoder
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# Checkpoints ----------------------------------------------------------------------------------------------------------
 def list_checkpoints(output_dir):
     """The complete checkpoints in `output_dir` as [(step, Path)], oldest first."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted((int(path.name.removeprefix("checkpoint-")), path) for path in folders if path.is_dir())
+    steps = [(path.name.removeprefix("checkpoint-"), path) for path in Path(output_dir).glob("checkpoint-*")]
+    return sorted((int(step), path) for step, path in steps if step.isdecimal() and path.is_dir())
 
 
 def find_start(args):
-    """Where the run starts: a checkpoint's Path and state, or None and that of step 0. To be called by every process.
-
-    Raises RunError.
-    """
-    checkpoint, state = None, {"step": 0, "examples_seen": 0}
-    for path in find_checkpoints(args.output_dir, args.resume_from_checkpoint):
-        try:
-            checkpoint, state = path, read_checkpoint(path)
-            break
-        except RunError as error:
-            if args.resume_from_checkpoint != "latest":
-                raise
-            logger.warning(f"{error}; trying an earlier one")
-    else:
-        if list_checkpoints(args.output_dir):
-            raise RunError(f"--resume_from_checkpoint: no checkpoint in {args.output_dir} is complete")
+    """Where the run starts: a checkpoint and its state, or None and that of step 0. To be called by every process."""
+    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    found = [path for _, path in reversed(list_checkpoints(output_dir))]
+    earlier_run = bool(found) or (output_dir / "model_index.json").exists()
+    if earlier_run and not wanted:
+        raise RunError(f"--output_dir {output_dir}: holds an earlier run; --resume_from_checkpoint resumes it")
+    if wanted and wanted != "latest":
+        named = output_dir / (f"checkpoint-{wanted}" if wanted.isdecimal() else Path(wanted).name)
+        found = [Path(wanted) if Path(wanted).is_dir() else named]
+    complete = ((path, state) for path in found if (state := read_checkpoint(path)))
+    checkpoint, state = next(complete, (None, {"step": 0, "examples_seen": 0}))
+    if wanted and not checkpoint and (earlier_run or wanted != "latest"):
+        raise RunError(f"--resume_from_checkpoint {wanted}: there is no complete checkpoint in {output_dir}")
+    if checkpoint and not (checkpoint / "train_state").is_dir():
+        raise RunError(f"--resume_from_checkpoint {checkpoint}: has no train_state/, it is of another script")
+    if args.use_ema > state.get("arguments", vars(args))["use_ema"]:
+        raise RunError(f"{checkpoint}: --use_ema cannot be added at a resume")
     if len(set(gather_values(state["step"]))) > 1:
-        raise RunError(f"--output_dir {args.output_dir}: must be on a disk that all processes share")
+        raise RunError(f"--output_dir {output_dir}: must be on a disk that all processes share")
     return checkpoint, state
 
 
-def find_checkpoints(output_dir, wanted):
-    """The checkpoints (Paths) that --resume_from_checkpoint may mean, the newest first. Raises RunError."""
-    found = [path for _, path in reversed(list_checkpoints(output_dir))]
-    names = ", ".join(path.name for path in reversed(found))
-    finished = (Path(output_dir) / "model_index.json").exists()
-    if wanted is None and (found or finished):
-        earlier = f"--output_dir {output_dir}: holds an earlier run's {names or 'model'}"
-        raise RunError(f"{earlier}; add --resume_from_checkpoint to resume it, or name another folder")
-    if wanted == "latest" and finished and not found:
-        raise RunError(
-            f"--resume_from_checkpoint: {output_dir} holds a finished model and no checkpoint to resume from"
-        )
-    if wanted is None or wanted == "latest":
-        return found
-    named = Path(output_dir) / (f"checkpoint-{wanted}" if wanted.isdecimal() else Path(wanted).name)
-    found = [path for path in (Path(wanted), named) if path.name.startswith("checkpoint-") and path.is_dir()]
-    if not found:
-        raise RunError(f"--resume_from_checkpoint {wanted}: there is no such checkpoint; there are {names or 'none'}")
-    return found
-
-
 def read_checkpoint(checkpoint):
-    """The state in a checkpoint (dict, see `save_checkpoint`). Raises RunError if files are missing or truncated."""
-    with naming(f"{checkpoint}: not a checkpoint of this script"):
+    """The state in a checkpoint (dict, see `save_checkpoint`), or None and a warning if it is not complete."""
+    try:
         state = json.loads((checkpoint / "training_state.json").read_text(encoding="utf-8"))
-        files = state["files"].items()
-    for name, size in files:
-        path = checkpoint / name
-        if not path.is_file() or path.stat().st_size != size:
-            found = f"{path.stat().st_size} bytes long, not {size}" if path.is_file() else "missing"
-            raise RunError(f"{checkpoint}: the checkpoint is damaged, {name} is {found}")
-    return state
-
-
-def public_config(config):
-    """What a model's configuration (dict) says about its architecture, as JSON."""
-    left_out = {name for name in config if name.startswith("_")} | {"sample_size", "transformers_version"}
-    return json.loads(json.dumps({name: value for name, value in config.items() if name not in left_out}))
+        for name, size in state["files"].items():
+            if (checkpoint / name).stat().st_size != size:
+                raise ValueError(f"{name} is not {size} bytes long")
+        return state
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning(f"{checkpoint}: not a complete checkpoint of this script: {error}")
 
 
 def check_resume(args, checkpoint, before, run):
-    """Log what changed since the checkpoint. Raises RunError if the run cannot resume from it.
-
-    before: the checkpoint's state; run: "seed", "batch_size", "rows", "data" and "architecture" of this run.
-    """
+    """Log what changed from the checkpoint's state `before` to this `run`: flags, and what the result depends on."""
     flags, now = before["arguments"], recorded_arguments(args, run["seed"])
-    names = sorted((flags.keys() | now.keys()) - {"resume_from_checkpoint", "output_dir"})
-    changes = [f"--{name} {flags.get(name)} -> {now.get(name)}" for name in names if flags.get(name) != now.get(name)]
-    logger.info(f"resuming from {checkpoint}" + (f", now with {', '.join(changes)}" if changes else ""))
-    if not (checkpoint / "train_state").is_dir():
-        raise RunError(f"--resume_from_checkpoint {checkpoint}: has no train_state/, it is of another script")
-    if args.use_ema and not flags["use_ema"]:
-        raise RunError(f"--use_ema: {checkpoint} has no average, its run was without the flag")
-    saved, built = before["architecture"], run["architecture"]
-    changes = [f"{name} {saved[name]} -> {built[name]}" for name in built if saved[name] != built[name]]
-    if changes:
-        of_another = f"--resume_from_checkpoint {checkpoint}: is of a model with another architecture"
-        raise RunError(f"{of_another}: {', '.join(changes[:3])}")
-    for key, value in run.items():
-        if before[key] != value:
-            what = f"{checkpoint} was made with another {key.replace('_', ' ')} ({before[key]}, now {value})"
-            logger.warning(f"{what}; the result will differ from that of an uninterrupted run")
+    changed = [name for name in sorted({*flags, *now}) if flags.get(name) != now.get(name)]
+    changes = "".join(f", now with --{name} {now.get(name)} (was {flags.get(name)})" for name in changed)
+    logger.info(f"resuming from {checkpoint}{changes}")
+    for key in (key for key in run if before[key] != run[key]):
+        what = f"{checkpoint} was made with another {key.replace('_', ' ')} ({before[key]}, now {run[key]})"
+        logger.warning(f"{what}; the result will differ from that of an uninterrupted run")
 
 
 class CheckpointWriter:
@@ -1964,10 +1717,7 @@ class CheckpointWriter:
         self.args, self.state, self.path = args, None, None  # path: of the checkpoint that is being written
 
     def save(self, train_state, state):
-        """Start to write a tree of arrays, which may be donated as soon as this returns. Raises RunError.
-
-        state: "step", "examples_seen" and what `check_resume` compares.
-        """
+        """Start to write a tree of arrays, which may be donated as soon as this returns. Raises RunError."""
         self.finish()
         self.state, self.path = state, Path(self.args.output_dir).absolute() / f"checkpoint-{state['step']}"
         with naming(f"{self.path} cannot be written"):
@@ -1982,46 +1732,26 @@ class CheckpointWriter:
         (partial / "training_state.json").write_text(json.dumps(contents, indent=2), encoding="utf-8")
         flush_to_disk(*partial.rglob("*"), partial)
 
-    def poll(self):
-        """Finish the checkpoint if it has been renamed, without waiting. Raises RunError if it has failed."""
-        if self.path:
-            with naming(f"{self.path} cannot be written"):
-                self.checkpointer.check_for_errors()
-            if self.path.is_dir():
-                self.finish()
-
-    def finish(self):
-        """Wait until the checkpoint is written, then prune older ones. Raises RunError if it has failed."""
+    def finish(self, wait=True):
+        """Wait until the checkpoint is written, or only look, then prune older ones. Raises RunError if it failed."""
         if not self.path:
             return
-        try:
-            with naming(f"{self.path} cannot be written"):
-                self.checkpointer.wait_until_finished()
-                if jax.process_index() == 0:
-                    flush_to_disk(self.path.parent)
-                    prune_checkpoints(self.args)
-            logger.info(f"saved {self.path}")
-        finally:
-            self.path = None
+        with naming(f"{self.path} cannot be written"):
+            self.checkpointer.check_for_errors()
+            if not wait and not self.path.is_dir():
+                return
+            self.checkpointer.wait_until_finished()
+            if jax.process_index() == 0:
+                flush_to_disk(self.path.parent)
+                kept = self.args.checkpoints_total_limit or sys.maxsize
+                for _, path in list_checkpoints(self.path.parent)[:-kept]:
+                    shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))  # a crash leaves no half of one
+        logger.info(f"saved {self.path}")
+        self.path = None
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        with contextlib.suppress(Exception):  # after an error that is already raised
+    def close(self):
+        with contextlib.suppress(Exception):  # it has been raised before
             self.checkpointer.close()
-
-
-def prune_checkpoints(args):
-    """Delete all but the newest --checkpoints_total_limit checkpoints."""
-    for _, path in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
-        shutil.rmtree(path.rename(path.with_name(path.name + ".removed")))  # a crash must not leave half of one
-
-
-def load_train_state(checkpoint, like):
-    """Read the arrays of a checkpoint; like: a tree of `jax.ShapeDtypeStruct` with shardings. Raises RunError."""
-    with naming(f"{checkpoint}: the checkpoint is damaged or of another model"), ocp.StandardCheckpointer() as reader:
-        return reader.restore(checkpoint.absolute() / "train_state", like)
 
 
 def flush_to_disk(*paths):
@@ -2029,67 +1759,56 @@ def flush_to_disk(*paths):
     for path in paths:
         with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
             descriptor = os.open(path, os.O_RDONLY)  # Windows and some network disks refuse folders
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            os.fsync(descriptor)
+            os.close(descriptor)
 
 
-def check_output_dir(args, models):
-    """Raise RunError if --output_dir cannot be written, or the run would overwrite the user's files there.
-
-    models: folders or Hub ids of the pipelines to start from.
-    """
-    folder, name = Path(args.output_dir).resolve(), f"--output_dir {args.output_dir}"
-    if folder in [Path(model).resolve() for model in models]:
-        raise RunError(f"{name}: is the model to start from, which would be overwritten")
-    if args.train_data_dir and Path(args.train_data_dir).resolve().is_relative_to(folder):
-        raise RunError(f"{name}: holds the training images; name another folder")
-    if (folder / "README.md").exists() and not (folder / "model_index.json").exists():
-        raise RunError(f"{name}: has a README.md of something else, which the model card would replace")
+def check_output_dir(args, *models):
+    """Raise RunError if --output_dir is not writable, or if the run would overwrite the user's files there."""
+    folder = Path(args.output_dir).resolve()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise RunError(f"{name}: {existing} is not a folder with permission to write")
+    problems = {
+        "is the model to start from": folder in [Path(model).resolve() for model in models],
+        "holds the training images": Path(args.train_data_dir or "/").resolve().is_relative_to(folder),
+        "has a README.md of something else": (folder / "README.md").exists() > (folder / "model_index.json").exists(),
+        f"no permission to write to {existing}": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise RunError(f"--output_dir {args.output_dir}: {problem}; name another folder")
 
 
-def prepare_output_dir(args, first_step):
+def prepare_output_dir(args, first_step, last_step):
     """Create --output_dir, delete the remains of a crash, and set aside checkpoints that the run will write again."""
     output_dir = Path(args.output_dir)
     with naming(f"--output_dir {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
-        for folder in output_dir.glob("checkpoint-*.*"):  # half written or half removed
+        for folder in output_dir.glob("checkpoint-*.*"):  # partial ones, and Orbax's temporary folders
             shutil.rmtree(folder)
         for step, folder in list_checkpoints(output_dir):
-            if step > first_step:
+            if first_step < step and first_step < last_step:
                 aside = folder.rename(output_dir / f"set-aside-{time.time():.0f}-{folder.name}")
                 logger.info(f"{folder} is later than the checkpoint to resume from; moved to {aside}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Processes and signals
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# Processes and signals ------------------------------------------------------------------------------------------------
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 @functools.cache  # once per process, however often `main` is called
 def connect_hosts():
-    """Join the other processes of the run, if there are any, before a device is used. Raises RunError.
-
-    They are given by JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or found by JAX (TPU
-    pods, Slurm, Open MPI, Kubernetes).
-    """
+    """Join the other processes of the run, given by environment variables or found by JAX (TPU pods, Slurm, Open MPI,
+    Kubernetes), before a device is used. Raises RunError."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-    given = [os.environ.get(name) for name in names]
-    if any(given) and not all(given):
+    given = [os.environ[name] for name in names if name in os.environ]
+    if len(given) in (1, 2):
         raise RunError(f"{', '.join(names)}: give all three, or none")
     try:
-        places = (given[0], int(given[1]), int(given[2])) if all(given) else ()
+        places = (given[0], int(given[1]), int(given[2])) if given else ()
         jax.distributed.initialize(*places, shutdown_timeout_seconds=15)
     except (ValueError, RuntimeError) as error:  # no cluster was found, or JAX was in use before
-        if all(given) or (isinstance(error, ValueError) and "coordinator_address" not in str(error)):
-            raise RunError(f"JAX cannot connect to the other processes: {reason(error)}") from error
+        if given or (isinstance(error, ValueError) and "coordinator_address" not in str(error)):
+            raise RunError(f"JAX cannot connect to the other processes: {str(error).splitlines()[0]}") from error
     with naming("JAX finds no device"):
         jax.devices()
 
@@ -2103,6 +1822,14 @@ def set_up_logging():
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs every error that it raises, over pages
 
 
+class AboveProgressBar(logging.Handler):
+    """Writes log lines to stderr without breaking the progress bar."""
+
+    def emit(self, record):
+        line = f"{time.strftime('%H:%M:%S')} {record.levelname} {record.getMessage()}"
+        tqdm.write(printable(line), file=sys.stderr)
+
+
 def gather_values(value):
     """The values (JSON) of all processes, in every process. To be called by all."""
     text = json.dumps(value).encode()
@@ -2112,34 +1839,33 @@ def gather_values(value):
 
 
 def on_all_processes(function):
-    """Call the function on every process. If it raises RunError or RunStopped on one of them, all raise it."""
+    """Call the function on every process. What it raises on one, a RunError or a SystemExit, all raise."""
     failure = None
     try:
         function()
-    except (RunError, RunStopped) as error:
-        failure = error.args
-    for arguments in filter(None, gather_values(failure)):
-        raise (RunStopped if len(arguments) == 2 else RunError)(*arguments)
+    except RunError as error:
+        failure = str(error)
+    except SystemExit as error:
+        failure = error.code
+    for first in filter(None, gather_values(failure)):
+        raise RunError(first) if isinstance(first, str) else SystemExit(first)
 
 
 def on_first_process(function, *arguments):
     """Call the function on the first process only. Every process returns its result, or raises its RunError."""
     results = []
-    on_all_processes(lambda: results.append(None if jax.process_index() else function(*arguments)))
+    on_all_processes(lambda: results.append(function(*arguments) if jax.process_index() == 0 else None))
     return gather_values(results[0])[0]
 
 
 @contextlib.contextmanager
 def noted_signals():
-    """Within the block, stop signals are only noted: in the list that the block gets, as (signal, time).
-
-    A signal more than a second after the first one ends the process: launchers pass on what a terminal has sent to all.
-    """
+    """Within the block, stop signals are only noted, as (signal, time). One after more than a second exits at once."""
     noted = []
 
     def note(signum, _):
         noted.append((signum, time.monotonic()))
-        if noted[-1][1] - noted[0][1] > 1:
+        if noted[-1][1] - noted[0][1] > 1:  # before, a launcher passes on what a terminal has sent to all
             os._exit(128 + signum)
 
     in_main_thread = threading.current_thread() is threading.main_thread()  # only it may set handlers
@@ -2151,34 +1877,27 @@ def noted_signals():
             signal.signal(signum, handler)
 
 
-class SignalAgreement:
-    """Tells every process of a signal that one of them has noted, after the same update.
+def signal_agreement(mesh):
+    """A function of the list of `noted_signals` that returns the same signal to stop for, or 0, in every process: what
+    one of them had noted at the call before, which the devices have computed by then."""
+    sharding, asked = NamedSharding(mesh, PartitionSpec("data")), np.int32(0)
+    largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    With several processes the answer is that of the update before, which the devices have computed by then.
-    """
-
-    def __init__(self, mesh):
-        self.mesh, self.devices = mesh, len(mesh.local_devices)
-        self.largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self.asked = None
-
-    def after_update(self, noted):
-        """The number of the signal to stop for, or 0; noted: the list of `noted_signals`. To be called by all."""
-        number = noted[0][0] if noted else 0
+    def agreed(noted):
+        nonlocal asked
+        signum = noted[0][0] if noted else 0
         if jax.process_count() == 1:
-            return number
-        answer = 0 if self.asked is None else int(jax.device_get(self.asked))
-        sharding = NamedSharding(self.mesh, PartitionSpec("data"))
-        numbers = np.full(self.devices, number, np.int32)
-        self.asked = self.largest(jax.make_array_from_process_local_data(sharding, numbers))
+            return signum
+        answer, own = int(jax.device_get(asked)), np.full(jax.local_device_count(), signum, np.int32)
+        asked = largest(jax.make_array_from_process_local_data(sharding, own))
         return answer
+
+    return agreed
 
 
 def end_process(status):
-    """Exit with `status` now, whatever threads still run. Other processes may wait for this one, or have failed too.
-
-    In the second case all meet in `shutdown`; in the first, the end of this process ends their waiting.
-    """
+    """Exit with `status`, whatever threads still run. Processes that failed together meet in `shutdown` first, so that
+    each can say why; the others wait for this process, until it ends."""
     if jax.process_count() > 1:
         farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         farewell.start()
@@ -2188,11 +1907,7 @@ def end_process(status):
     os._exit(status)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Devices and optimizer
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# Devices and optimizer ------------------------------------------------------------------------------------------------
 def compute_type(args):
     """The type of --mixed_precision to compute in. Raises RunError if the devices do not have it."""
     if args.mixed_precision == "fp16" and jax.default_backend() == "cpu":
@@ -2216,11 +1931,6 @@ def on_devices(weights, mesh, dtype):
     return jax.tree.map(lambda array: place(array.astype(dtype), mesh), weights)
 
 
-def to_host(tree):
-    """A tree of arrays on a mesh as NumPy arrays, whole in every process. To be called by every process."""
-    return multihost_utils.process_allgather(tree, tiled=True)
-
-
 def spread(shape, mesh, shard):
     """The `PartitionSpec` of a weight: whole on every device, or sharded along its longest side that divides."""
     devices = mesh.devices.size
@@ -2230,18 +1940,8 @@ def spread(shape, mesh, shard):
     return PartitionSpec(*[None] * -max(sides)[1], "data")
 
 
-def join_micro_batches(micro_batches, mesh):
-    """Put the micro-batches of an update (this process's rows) on the mesh: arrays (micro-steps, global rows, ...)."""
-    sharding = NamedSharding(mesh, PartitionSpec(None, "data"))
-    stacked = {name: np.stack([batch[name] for batch in micro_batches]) for name in micro_batches[0]}
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in stacked.items()}
-
-
 def make_schedule(args, peak, last_step):
-    """The learning rate as a function of the number of updates before, by the formulas of the PyTorch scripts.
-
-    Raises RunError if the schedule cannot start at `peak`.
-    """
+    """The learning rate as a function of the number of earlier updates, as in PyTorch. Raises RunError."""
     warmup, name = args.lr_warmup_steps, args.lr_scheduler
     if name == "constant":
         return optax.constant_schedule(peak)
@@ -2266,9 +1966,7 @@ def make_optimizer_transform(args):
     )
 
 
-def ema_decay(step):
-    """The average's decay at update `step`, from 1: 0, then min(0.9999, step / (9 + step)), as in diffusers' EMAModel."""
-    return jnp.where(step > 1, jnp.minimum(0.9999, step / (step + 9)), 0.0)
+INITIAL_LOSS_SCALE = {"scale": np.float32(2.0**16), "finite_steps": np.int32(0)}  # as PyTorch's GradScaler
 
 
 def initial_train_state(params, transform, averages, scales):
@@ -2277,15 +1975,14 @@ def initial_train_state(params, transform, averages, scales):
     if averages:
         state["ema"] = jax.tree.map(jnp.copy, params)
     if scales:
-        state["loss_scale"] = initial_loss_scale()
+        state["loss_scale"] = jax.tree.map(jnp.asarray, INITIAL_LOSS_SCALE)
     return state
 
 
 def make_train_state(args, weights, transform, mesh, checkpoint, state):
-    """The training state on the mesh: from a checkpoint (Path, with its `state`), or if it is None from `weights`.
+    """The training state on the mesh, and its shardings: from a checkpoint with its `state`, or else from `weights`.
 
-    What the checkpoint's run kept and this one does not is dropped; a loss scale that it lacks starts anew. Returns
-    the training state and the tree of its shardings.
+    What the checkpoint's run kept and this one does not is dropped; a loss scale that it lacks starts anew.
     """
     scales = args.mixed_precision == "fp16"
 
@@ -2302,15 +1999,11 @@ def make_train_state(args, weights, transform, mesh, checkpoint, state):
         return jax.jit(make, out_shardings=shardings)(params), shardings
     saved = shapes_of(state["arguments"]["use_ema"], state["arguments"]["mixed_precision"] == "fp16")
     like = jax.tree.map(lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y), saved, shardings_of(saved))
-    loaded = load_train_state(checkpoint, like)
+    with naming(f"{checkpoint}: the checkpoint is damaged or of another model"), ocp.StandardCheckpointer() as reader:
+        loaded = reader.restore(checkpoint.absolute() / "train_state", like)
     if scales and "loss_scale" not in loaded:
-        loaded["loss_scale"] = jax.jit(initial_loss_scale, out_shardings=shardings["loss_scale"])()
+        loaded["loss_scale"] = {name: place(value, mesh) for name, value in INITIAL_LOSS_SCALE.items()}
     return {name: loaded[name] for name in shardings}, shardings
-
-
-def initial_loss_scale():
-    """The loss scale that an fp16 run starts with, as PyTorch's GradScaler."""
-    return {"scale": jnp.float32(2.0**16), "finite_steps": jnp.int32(0)}
 
 
 def next_loss_scale(scale, finite_steps, finite):
@@ -2321,131 +2014,82 @@ def next_loss_scale(scale, finite_steps, finite):
     return {"scale": scale, "finite_steps": jnp.where(grown, 0, finite_steps)}
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Logs, model card and Hub
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def validation_due(args, step, examples_seen, batch_size, num_rows):
-    """Whether to validate after update `step`: every --validation_steps, else after each --validation_epochs."""
-    if not args.validation_prompts or args.validation_steps:
-        return bool(args.validation_prompts) and step % args.validation_steps == 0
-    period = args.validation_epochs * num_rows
-    return examples_seen // period > (examples_seen - batch_size) // period
-
-
+# Logs, model card and Hub ---------------------------------------------------------------------------------------------
 def check_trackers(args):
-    """Raise RunError if a tracker that --report_to names is not installed."""
-    packages = {"tensorboard": ["tensorboardX"], "wandb": ["wandb"], "all": ["tensorboardX", "wandb"]}[args.report_to]
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
+    """Raise RunError unless the trackers of --report_to are installed."""
+    for package in {"tensorboard": ["tensorboardX"], "wandb": ["wandb"]}.get(args.report_to, ["tensorboardX", "wandb"]):
+        if not importlib.util.find_spec(package):
             raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {package}`")
 
 
-class Trackers:
-    """TensorBoard and W&B, as --report_to says; on the first process only."""
-
-    def __init__(self, args):
-        self.tensorboard = self.wandb = None
-        arguments, project = recorded_arguments(args, args.seed), args.tracker_project_name
-        wanted = ("tensorboard", "wandb") if args.report_to == "all" else (args.report_to,)
-        with naming(f"--report_to {args.report_to}"):
-            if "tensorboard" in wanted and jax.process_index() == 0:
-                from tensorboardX import SummaryWriter
-
-                folder = os.path.join(args.output_dir, args.logging_dir, project)
-                self.tensorboard = SummaryWriter(folder, max_queue=10**6)  # a full queue would block the training
-                self.tensorboard.add_text("arguments", f"```json\n{json.dumps(arguments, indent=2)}\n```")
-            if "wandb" in wanted and jax.process_index() == 0:
-                import wandb
-
-                # W&B would record the command line otherwise, and an access token in it.
-                self.wandb = wandb.init(project=project, config=arguments, settings={"x_disable_meta": True})
-
-    def log(self, values, step, walltime):
-        """values: {name: float}, of update `step`. Raises RunError if they can't be written."""
-        self.check_tensorboard()
-        if self.tensorboard:
-            for name, value in values.items():
-                self.tensorboard.add_scalar(name, value, step, walltime)
-        if self.wandb:
-            self.wandb.log(values, step=step)
-
-    def log_images(self, images, step):
-        """images: list of `PIL.Image` of one size."""
-        if self.tensorboard:
-            self.tensorboard.add_images("validation", np.stack(images), step, dataformats="NHWC")
-        if self.wandb:
-            import wandb
-
-            self.wandb.log({"validation": [wandb.Image(image) for image in images]}, step=step)
-
-    def check_tensorboard(self):
-        """Raise RunError if the thread that writes has died, of a full disk: closing it would wait for ever."""
-        if self.tensorboard and not self.tensorboard.file_writer.event_writer._worker.is_alive():
-            self.tensorboard = None
-            raise RunError("--logging_dir: the TensorBoard log cannot be written any more; is the disk full?")
-
-    def close(self):
-        """Write what is not written yet. The log says what cannot be."""
-        try:
-            self.check_tensorboard()
-            if self.tensorboard:
-                self.tensorboard.close()
-        except (RunError, OSError) as error:
-            logger.warning(f"--logging_dir: {reason(error)}")
-        if self.wandb:
-            self.wandb.finish()
-
-
 class UpdateLog:
-    """Collects the values of every update on the devices and logs them from time to time: only then the CPU waits.
+    """Starts the trackers and logs every update, but reads its values from the devices only in `flush`."""
 
-    Per update: loss (mean over the global batch), gradient norm before clipping, learning rate, with fp16 the loss
-    scale. Per reading: examples per second, and the fraction of the time spent waiting for data.
-    """
-
-    def __init__(self, trackers, args, first_step, last_step):
-        self.trackers, self.args, self.updates, self.nonfinite = trackers, args, [], 0
+    def __init__(self, args, batch_size, first_step, last_step):
+        self.args, self.batch_size, self.tensorboard, self.wandb = args, batch_size, None, None
+        self.updates, self.nonfinite, self.started, self.waited = [], 0, None, 0.0
         hidden = jax.process_index() != 0 or first_step >= last_step
         self.progress_bar = tqdm(initial=first_step, total=last_step, disable=hidden, unit="step")
-        self.restart_clock()
+        arguments, project = recorded_arguments(args, args.seed), args.tracker_project_name
+        with naming(f"--report_to {args.report_to}"):
+            if args.report_to != "wandb" and jax.process_index() == 0:
+                tensorboard = importlib.import_module("tensorboardX")
+                folder = os.path.join(args.output_dir, args.logging_dir, project)
+                self.tensorboard = tensorboard.SummaryWriter(folder, max_queue=10**6)  # a full one blocks training
+                self.tensorboard.add_text("arguments", f"```json\n{json.dumps(arguments, indent=2)}\n```")
+            if args.report_to != "tensorboard" and jax.process_index() == 0:
+                self.wandb = importlib.import_module("wandb")
+                # Without this setting W&B keeps the command line, and an access token in it.
+                self.wandb.init(project=project, config=arguments, settings={"x_disable_meta": True})
 
-    def restart_clock(self):
-        """Start the next time span now: what happened since the last reading was not training."""
-        self.started, self.examples, self.waited = time.perf_counter(), 0, 0
+    def next_batch(self, batches):
+        """The next micro-batch. The first one after `flush` starts the clock; the wait is logged as "data_wait"."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self.started = self.started or asked
+        self.waited += time.perf_counter() - asked
+        return batch
 
-    def add(self, step, metrics, examples, waited):
-        """metrics: those of `train_step`, which stay on the devices; examples: of all processes; waited: seconds."""
+    def add(self, step, metrics):
+        """Take in an update; metrics: those of `train_step`, which stay on the devices."""
         self.updates.append((step, time.time(), metrics))
-        self.examples += examples
-        self.waited += waited
         self.progress_bar.update()
 
     def flush(self):
-        """Log all updates since the last reading. Raises RunError if one is not finite."""
+        """Log all updates since the last time. Raises RunError if one is not finite, or the log cannot be written."""
         values = jax.device_get([metrics for *_, metrics in self.updates])  # waits for the devices; nothing else does
         seconds = time.perf_counter() - self.started
-        speed = {"examples_per_second": self.examples / seconds, "data_wait": self.waited / seconds}
+        speed = {"examples_per_second": len(values) * self.batch_size / seconds, "data_wait": self.waited / seconds}
         for (step, walltime, _), metrics in zip(self.updates, values, strict=True):
-            self.trackers.log({name: float(value) for name, value in metrics.items()} | speed, step, walltime)
-            loss, norm = metrics["train_loss"], metrics["grad_norm"]
+            update = {name: float(value) for name, value in metrics.items()} | speed
+            for name, value in update.items() if self.tensorboard else ():
+                self.tensorboard.add_scalar(name, value, step, walltime)
+            if self.wandb:
+                self.wandb.log(update, step=step)
+            loss, norm = update["train_loss"], update["grad_norm"]
             self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
             # fp16 skips such updates while it searches for its loss scale
             if self.nonfinite >= (20 if self.args.mixed_precision == "fp16" else 1):
-                raise RunError(
-                    f"step {step}: not finite: loss {loss}, gradient norm {norm}; try a lower --learning_rate"
-                )
+                raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --learning_rate")
+        # The thread that writes dies of a full disk. Closing the log would wait for it for ever.
+        if self.tensorboard and not self.tensorboard.file_writer.event_writer._worker.is_alive():
+            self.tensorboard = None
+            raise RunError("--logging_dir: the TensorBoard log cannot be written any more; is the disk full?")
         self.progress_bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{speed['examples_per_second']:.1f}")
-        self.updates.clear()
-        self.restart_clock()
+        self.updates, self.started, self.waited = [], None, 0.0
+
+    def close(self):
+        self.progress_bar.close()
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def recorded_arguments(args, seed):
     """The flags that have a value, and the seed: plain values for trackers and files, never the access token."""
     values = {**vars(args), "seed": seed, "hub_token": None}
-    values = {name: value for name, value in sorted(values.items()) if value is not None}
-    return {name: v if isinstance(v, (bool, int, float, str)) else json.dumps(v) for name, v in values.items()}
+    return {k: json.dumps(v) if isinstance(v, list) else v for k, v in sorted(values.items()) if v is not None}
 
 
 def as_json(value, indent=None):
@@ -2453,11 +2097,8 @@ def as_json(value, indent=None):
     return "\n".join(map(printable, json.dumps(value, indent=indent, ensure_ascii=False).split("\n")))
 
 
-def save_model_card(args, name, base, trained, tags, usage, seed, steps, validation_image):
-    """Write the model card of `name`, --output_dir or a Hub id, to output_dir/README.md.
-
-    base: folder or Hub id of the pipeline; trained: its trained part; usage: Python code; validation_image: Path or None.
-    """
+def write_model_card(args, base, name, seed, tags, text):
+    """Write output_dir/README.md. base: what was fine-tuned; name: of the result; tags: for the Hub; text: Markdown."""
     source = args.dataset_name or args.train_data_dir
     metadata = ModelCardData(
         base_model=None if Path(base).exists() else base,  # the Hub accepts no local folder
@@ -2465,36 +2106,15 @@ def save_model_card(args, name, base, trained, tags, usage, seed, steps, validat
         library_name="diffusers",
         tags=[*tags, "text-to-image", "diffusers", "diffusers-training"],
     )
-    title, pictures = re.sub(r"[^\w./ -]", "-", Path(name).name), ""
-    if validation_image:
-        prompts = as_json(args.validation_prompts, indent=2)
-        pictures = f"![validation pictures](validation/{validation_image.name})\n\n```json\n{prompts}\n```\n\n"
-    card = f"""---
-{metadata.to_yaml()}
----
-
-# {title}
-
-The {trained} of `{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates.
-
-{pictures}## Use
-
-```python
-{usage}
-```
-
-## Flags of the training run
-
-```json
-{as_json(recorded_arguments(args, seed), indent=2)}
-```
-"""
+    title = re.sub(r"[^\w./ -]", "-", Path(name).resolve().name if Path(name).exists() else name)
+    flags = as_json(recorded_arguments(args, seed), indent=2)
+    parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}", text, f"Flags of the run:\n\n```json\n{flags}\n```\n"]
     with naming(f"{args.output_dir}/README.md cannot be written"):
-        Path(args.output_dir, "README.md").write_text(card, encoding="utf-8")
+        Path(args.output_dir, "README.md").write_text("\n\n".join(parts), encoding="utf-8")
 
 
 def prepare_hub_repository(args):
-    """Create the repository to upload to, if need be, and try the permission to write. Returns its id, or RunError."""
+    """Create the repository to upload to, if it is missing, and check write access. Returns its id. Raises RunError."""
     api, name = HfApi(token=args.hub_token), args.hub_model_id or Path(args.output_dir).resolve().name
     with naming(f"--push_to_hub {name}"):
         repo_id = api.create_repo(name, exist_ok=True).repo_id
@@ -2503,45 +2123,29 @@ def prepare_hub_repository(args):
 
 
 def push_to_hub(args, repo_id):
-    """Upload output_dir without checkpoints and logs. Raises RunError with the command that does it by hand."""
-    ignored = ["checkpoint-*/*", "set-aside-*/*", f"{glob.escape(args.logging_dir)}/*"]
-    command = [
-        "hf",
-        "upload",
-        repo_id,
-        args.output_dir,
-        ".",
-        *(word for part in ignored for word in ("--exclude", part)),
-    ]
-    for pause in (10, 60, None):  # the Hub may be down for a minute at the end of a run of days
+    """Upload output_dir without checkpoints and logs. Raises RunError with the command that uploads it by hand."""
+    ignored = ["checkpoint-*/*", "set-aside-*/*", f"{glob.escape(os.path.normpath(args.logging_dir))}/*"]
+    command = shlex.join(["hf", "upload", repo_id, args.output_dir, ".", *(f"--exclude={part}" for part in ignored)])
+    options = {"repo_id": repo_id, "folder_path": args.output_dir, "ignore_patterns": ignored}
+    for pause in (10, 60, None):  # seconds; the Hub may be unavailable at the end of days of training
         try:
-            HfApi(token=args.hub_token).upload_folder(
-                repo_id=repo_id, folder_path=args.output_dir, ignore_patterns=ignored
-            )
-            return logger.info(f"uploaded to {repo_id}")
-        except Exception as error:  # whatever went wrong, the model is on disk and the user has to know
+            with naming(f"--push_to_hub; upload it by: {command}"):
+                return HfApi(token=args.hub_token).upload_folder(**options)
+        except RunError as error:
             if pause is None:
-                raise RunError(f"--push_to_hub: {reason(error)}; upload it by: {shlex.join(command)}") from error
-            logger.warning(f"--push_to_hub: {reason(error)}; trying again in {pause} s")
+                raise
+            logger.warning(f"{error}; trying again in {pause} s")
             time.sleep(pause)
 
 
 if __name__ == "__main__":
     try:
         main(command_line)
-    except RunError as error:
-        tqdm.write(f"error: {printable(str(error))}", file=sys.stderr)
+    except (RunError, jax.errors.JaxRuntimeError) as error:  # of JAX: device memory is full, another process is gone
+        tqdm.write(f"error: {printable(str(error).strip().splitlines()[0])}", file=sys.stderr)
         end_process(1)
-    except RunStopped as stopped:
-        signum, where = stopped.args
-        logger.warning(f"stopped by {signal.Signals(signum).name} {where}")
-        end_process(128 + signum)
     except KeyboardInterrupt:
-        tqdm.write("stopped; --resume_from_checkpoint resumes from the newest checkpoint", file=sys.stderr)
         end_process(130)
-    except jax.errors.JaxRuntimeError as error:  # the memory of a device is full, or another process is gone
-        tqdm.write(f"error: {printable(reason(error))}", file=sys.stderr)
-        end_process(1)
     except Exception:  # unforeseen
         traceback.print_exc()
         end_process(1)
