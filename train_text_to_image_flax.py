@@ -457,9 +457,9 @@ def mean_gradient(params, frozen, batches, key, loss, scale):
 def train_step(state, frozen, batches, key, step, loss, transform, schedule, args):
     """One update. Pure; to be jitted with the last four arguments bound.
 
-    state: of `make_train_state`; batches: arrays (micro-steps, rows, ...); step: the update's
-    number, from 1; loss: function of (params, frozen, batch, key) to a scalar. Returns the new state and {name: value
-    to log}. With fp16 an update whose gradient is not finite is skipped, and the loss scale halved (arXiv:1710.03740).
+    state: of `make_train_state`; batches: arrays (micro-steps, rows, ...); step: from 1; loss: function of (params,
+    frozen, batch, key) to a scalar. Returns the new state and {name: value to log}. With fp16 an update whose gradient
+    is not finite is skipped, and the loss scale halved (arXiv:1710.03740).
     """
     scale = state["loss_scale"]["scale"] if "loss_scale" in state else jnp.float32(1)
     mean_loss, gradient = mean_gradient(state["params"], frozen, batches, key, loss, scale)
@@ -594,9 +594,9 @@ def main(args):
     run = {"seed": args.seed, "batch_size": batch_size, "rows": len(dataset), "data": dataset._fingerprint}
     run["architecture"] = vars(models["unet"].config)
     if checkpoint:
+        if start.get("architecture") != run["architecture"]:
+            raise RunError(f"--resume_from_checkpoint {checkpoint}: is of another script or architecture")
         check_resume(args, checkpoint, start, run)
-        if start["architecture"] != run["architecture"]:
-            raise RunError(f"--resume_from_checkpoint {checkpoint}: is of a model with another architecture")
     validation_period = (
         batch_size * (args.validation_steps or 0) or len(dataset) * args.validation_epochs
     )  # in examples
@@ -639,8 +639,8 @@ def main(args):
         return log_validation(images, log, args, step) if jax.process_index() == 0 else None
 
     # Loop.
-    steps, kind = f"steps {first_step} to {last_step}, seed {args.seed}", jax.devices()[0].platform
-    logger.info(f"{len(dataset)} images, {batch_size} per step, {steps}, on {jax.device_count()} {kind} devices")
+    steps, devices = f"steps {first_step} to {last_step}", f"{jax.device_count()} {jax.default_backend()} devices"
+    logger.info(f"{len(dataset)} images, {batch_size} per step, {steps}, seed {args.seed}, on {devices}")
     log, checkpoints = UpdateLog(args, batch_size, first_step, last_step), CheckpointWriter(args)
     agreed, stop, validation_image = signal_agreement(mesh), 0, None
     by_row = NamedSharding(mesh, PartitionSpec(None, "data"))  # of micro-batches (micro-steps, rows, ...)
@@ -1305,8 +1305,8 @@ def read_config(folder):
 
 
 def load_pipeline(args):
-    """Load the pipeline to start from: its folder and the UNet's, the scheduler's configuration (dict), the tokenizer,
-    {part: `Model`} and {part: weights, NumPy arrays in float32}. Raises RunError."""
+    """The pipeline to start from: its folder and the UNet's, the scheduler's configuration (dict), the tokenizer,
+    {part: `Model`} and {part: weights, float32}. Raises RunError."""
     path = args.pretrained_model_name_or_path
     folder = unet_folder = find_pipeline(path, args.revision, args)
     if args.non_ema_revision:
@@ -1349,11 +1349,10 @@ def result_index(folder, variant):
     reads too, and without a safety checker that PyTorch cannot load. Raises RunError."""
     with naming("model_index.json"):
         index = json.loads((folder / "model_index.json").read_text())
-    for part, entry in index.items():
-        if isinstance(entry, list):
-            if entry[0] not in (None, "diffusers", "transformers", "stable_diffusion"):
-                raise RunError(f"model_index.json: {part} is of {entry[0]}; code in a model's folder is not used")
-            index[part] = [name and name.removeprefix("Flax") for name in entry]
+    for part, entry in ((part, entry) for part, entry in index.items() if isinstance(entry, list)):
+        if entry[0] not in (None, "diffusers", "transformers", "stable_diffusion"):
+            raise RunError(f"model_index.json: {part} is of {entry[0]}; code in a model's folder is not used")
+        index[part] = [name and name.removeprefix("Flax") for name in entry]
     names = ["model.safetensors", "pytorch_model.bin"] + [f"model.{variant}.safetensors"] * bool(variant)
     if not any((folder / "safety_checker" / name).is_file() for name in names):
         index["safety_checker"], index["requires_safety_checker"] = [None, None], False
@@ -1538,7 +1537,6 @@ def read_ahead(stream, positions, rows, threads):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = 1 if jax.default_backend() == "cpu" else min(16, cores)
     own = rows // jax.process_count()
-    first_own = jax.process_index() * own
 
     def read(first):
         numbers = np.array(positions[first : first + own])
@@ -1549,7 +1547,7 @@ def read_ahead(stream, positions, rows, threads):
     executor, waiting = ThreadPoolExecutor(threads), collections.deque()
     try:
         with naming("the training images cannot be read"):
-            for first in range(first_own, len(positions), rows):
+            for first in range(jax.process_index() * own, len(positions), rows):
                 waiting.append(executor.submit(read, first))
                 if len(waiting) > 2 * threads:
                     yield waiting.popleft().result()
@@ -1672,8 +1670,6 @@ def find_start(args):
     checkpoint, state = next(complete, (None, {"step": 0, "examples_seen": 0}))
     if wanted and not checkpoint and (earlier_run or wanted != "latest"):
         raise RunError(f"--resume_from_checkpoint {wanted}: there is no complete checkpoint in {output_dir}")
-    if checkpoint and not (checkpoint / "train_state").is_dir():
-        raise RunError(f"--resume_from_checkpoint {checkpoint}: has no train_state/, it is of another script")
     if args.use_ema > state.get("arguments", vars(args))["use_ema"]:
         raise RunError(f"{checkpoint}: --use_ema cannot be added at a resume")
     if len(set(gather_values(state["step"]))) > 1:
@@ -2016,10 +2012,12 @@ def next_loss_scale(scale, finite_steps, finite):
 
 # Logs, model card and Hub ---------------------------------------------------------------------------------------------
 def check_trackers(args):
-    """Raise RunError unless the trackers of --report_to are installed."""
+    """Raise RunError unless the trackers of --report_to are installed and can write."""
     for package in {"tensorboard": ["tensorboardX"], "wandb": ["wandb"]}.get(args.report_to, ["tensorboardX", "wandb"]):
         if not importlib.util.find_spec(package):
             raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {package}`")
+    if Path(args.output_dir, args.logging_dir).is_file():
+        raise RunError(f"--logging_dir {args.logging_dir}: is a file, not a folder")
 
 
 class UpdateLog:
@@ -2097,7 +2095,7 @@ def as_json(value, indent=None):
     return "\n".join(map(printable, json.dumps(value, indent=indent, ensure_ascii=False).split("\n")))
 
 
-def write_model_card(args, base, name, seed, tags, text):
+def write_model_card(args, base, name, seed, tags, text, **metadata):
     """Write output_dir/README.md. base: what was fine-tuned; name: of the result; tags: for the Hub; text: Markdown."""
     source = args.dataset_name or args.train_data_dir
     metadata = ModelCardData(
@@ -2105,6 +2103,7 @@ def write_model_card(args, base, name, seed, tags, text):
         datasets=None if Path(source).exists() else [source],
         library_name="diffusers",
         tags=[*tags, "text-to-image", "diffusers", "diffusers-training"],
+        **metadata,
     )
     title = re.sub(r"[^\w./ -]", "-", Path(name).resolve().name if Path(name).exists() else name)
     flags = as_json(recorded_arguments(args, seed), indent=2)
