@@ -1268,10 +1268,7 @@ FIXED = {
         ([None], "addition_embed_type class_embed_type cross_attention_norm encoder_hid_dim num_attention_heads"),
         ([None], "num_class_embeds time_cond_proj_dim timestep_post_act time_embedding_act_fn time_embedding_dim"),
         ([False], "center_input_sample dual_cross_attention only_cross_attention resnet_skip_time_act"),
-        ([False], "class_embeddings_concat"),
-        ([0], "dropout"),
         ([1], "downsample_padding mid_block_scale_factor resnet_out_scale_factor transformer_layers_per_block"),
-        ([3], "conv_in_kernel conv_out_kernel"),
         (["default"], "attention_type resnet_time_scale_shift"),
         (["positional"], "time_embedding_type"),
         (["silu"], "act_fn"),
@@ -1572,10 +1569,13 @@ def cached_encodings(args, dataset, settings, weights, encode):
     missing = on_first_process(lambda: [chunk for chunk in chunks if not os.path.exists(chunk[0])])
     own = missing[jax.process_index() :: jax.process_count()]
 
-    def encode_batch(rows):
+    def stop_if_noted():
         if noted:
             logger.warning(f"stopped by {signal.Signals(noted[0][0]).name} while encoding; the same command resumes")
             sys.exit(128 + noted[0][0])
+
+    def encode_batch(rows):
+        stop_if_noted()
         rows[args.image_column] = threads.map(read_image, rows[args.image_column])
         encodings = encode(rows)
         progress_bar.update(len(encodings))
@@ -1585,6 +1585,7 @@ def cached_encodings(args, dataset, settings, weights, encode):
         with naming(f"--cache_encodings: rows {first} to {last} cannot be encoded to {path}"):
             chunk, name = dataset.select(range(first, last)), Path(path).stem
             chunk.map(encode_batch, cache_file_name=path, new_fingerprint=name, **options)
+        stop_if_noted()
 
     options = {"batched": True, "batch_size": args.train_batch_size * jax.local_device_count()}
     options |= {"remove_columns": dataset.column_names, "writer_batch_size": 100}
