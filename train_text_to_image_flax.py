@@ -1562,8 +1562,7 @@ def cached_encodings(args, dataset, settings, weights, encode):
     """The rows {"encodings": bytes} of `dataset`, memory-mapped from --cache_encodings. Encodes those that are missing.
 
     settings: what determines encodings besides weights (trees of arrays) and rows; encode: function of a batch (a dict
-    of lists, images decoded) to a list of bytes. `datasets` writes a file per chunk of rows, atomically. To be called
-    by every process: an error or a signal in one stops all.
+    of lists, images decoded) to a list of bytes. To be called by every process: an error or a signal in one stops all.
     """
     chunks = on_first_process(list_chunks, args, dataset, settings, weights)
     missing = on_first_process(lambda: [chunk for chunk in chunks if not os.path.exists(chunk[0])])
