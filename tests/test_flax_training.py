@@ -147,7 +147,8 @@ def test_the_model_card_is_true(whole):
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     assert f'StableDiffusionPipeline.from_pretrained("{whole.output}")' in code
     compile(code, "card", "exec")
-    recorded = json.loads(re.search(r"```json\n(.*?)```", card.text, re.DOTALL).group(1))
+    prompts, recorded = map(json.loads, re.findall(r"```json\n(.*?)```", card.text, re.DOTALL))
+    assert prompts == ["red dots", "red dots"]
     assert (recorded["max_train_steps"], recorded["lr_scheduler"], recorded["use_ema"]) == (12, "cosine", True)
 
 
