@@ -95,7 +95,7 @@ def parse_args(input_args=None):
     add("--image_interpolation_mode", default="lanczos", choices=interpolations, help="filter for resizing images")
     add("--proportion_empty_prompts", type=probability, default=0, help="probability of an empty caption, for guidance")
     add("--dataloader_num_workers", type=natural, help="processes that read images; default: 0, with a GPU up to 8")
-    add("--cache_encodings", help="folder for cached latents and text embeddings, computed once before training")
+    add("--cache_encodings", help="folder for cached outputs of the frozen encoders, computed once before training")
     add("--skip_bad_images", action="store_true", help="read all images before training and skip unreadable ones")
 
     add = parser.add_argument_group("objective").add_argument
