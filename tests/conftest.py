@@ -77,6 +77,11 @@ def caption_lists_folder(tmp_path_factory):
 def fresh_accelerate_state():
     """accelerate keeps its state per process; every run of a script in this process starts without it."""
     yield
+    reset_accelerate()
+
+
+def reset_accelerate():
+    """For a further run of a script in the same test."""
     if state := sys.modules.get("accelerate.state"):
         state.AcceleratorState._reset_state(reset_partial_state=True)
         state.GradientState._reset_state()
