@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-flax test faults benchmark lint clean
+.PHONY: demo demo-flax test faults benchmark lint sync clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python tests/demo.py --output_dir demo-output
@@ -25,6 +25,9 @@ benchmark: $(VENV)/installed-tests
 lint: $(VENV)/bin/ruff
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+
+sync:
+	$(PYTHON) tests/sync.py
 
 clean:
 	rm -rf $(VENV) demo-output demo-output-flax
