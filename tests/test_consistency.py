@@ -80,7 +80,7 @@ def top_level(source):
             found[node.name] = node
         elif isinstance(node, ast.Assign):
             names = [name for target in node.targets for name in ast.walk(target) if isinstance(name, ast.Name)]
-            found |= {name.id: node for name in names}
+            found |= {name.id: node for name in names if isinstance(name.ctx, ast.Store)}
     return found
 
 
