@@ -217,11 +217,11 @@ def make_images(folder, number=8, caption_lists=False, seed=0, largest=2 * RESOL
     return folder
 
 
-def save_rows(folder, number, bad=None):
-    """Save a data set that holds its images itself: `number` red squares, number `bad` is none. Returns `folder`."""
+def save_rows(folder, number, bad=None, colour="red"):
+    """Save a data set that holds its images itself: `number` squares, number `bad` is none. Returns `folder`."""
     image = io.BytesIO()
-    Image.new("RGB", (RESOLUTION, RESOLUTION), "red").save(image, "PNG")
-    rows = {"image": [{"bytes": image.getvalue(), "path": None}] * number, "text": ["red dots"] * number}
+    Image.new("RGB", (RESOLUTION, RESOLUTION), colour).save(image, "PNG")
+    rows = {"image": [{"bytes": image.getvalue(), "path": None}] * number, "text": [f"{colour} dots"] * number}
     if bad is not None:
         rows["image"][bad] = {"bytes": b"no picture", "path": None}
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
