@@ -77,7 +77,10 @@ for script, name, words, port in runs:
     record = (folder / f"{script}-{name}-{process}.jsonl").open("w")
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}  # a meeting place for each run
     module = import_module(script)
-    module.main(module.parse_args(words))
+    try:
+        module.main(module.parse_args(words))
+    except module.RunError as error:
+        note("refused", str(error))
     if "accelerate.state" in sys.modules:
         sys.modules["accelerate.state"].AcceleratorState._reset_state(reset_partial_state=True)
         sys.modules["accelerate.state"].GradientState._reset_state()
@@ -196,6 +199,11 @@ def both_ways(inputs, tmp_path_factory):
             train_by_one({**flags[script]["one"], **ONE}, script)
             shapes = {"two": TWO, "2 to 2": TWO, "1 to 2": TWO_MORE}
             runs += [(script, name, {**flags[script][name], **shape}) for name, shape in shapes.items()]
+        if STABLE_DIFFUSION in scripts:
+            images = tiny.make_images(folder / "broken")
+            (images / "5.png").write_bytes(b"no picture")
+            refused = {**flags[STABLE_DIFFUSION]["two"], **TWO, "train_data_dir": images}
+            runs.append((STABLE_DIFFUSION, "refused", {**refused, "output_dir": folder / "refused"}))
         run_two(runs, folder)
         for script in scripts:
             if script in (PRIOR, DECODER):
@@ -214,9 +222,9 @@ def train_by_one(flags, script):
     reset_accelerate()
 
 
-def noted(runs, script, process):
-    """What the recorder has noted of a process in the run by two, [(event, path or prompt)]."""
-    text = (runs["folder"] / f"{script}-two-{process}.jsonl").read_text()
+def noted(runs, script, process, name="two"):
+    """What the recorder has noted of a process in a run by two, [(event, path or prompt)]."""
+    text = (runs["folder"] / f"{script}-{name}-{process}.jsonl").read_text()
     return [tuple(json.loads(line)) for line in text.splitlines()]
 
 
@@ -469,6 +477,14 @@ def test_a_process_that_fails_alone_says_why_and_ends_the_other(script, inputs, 
         assert all(process.wait(seconds=120) != 0 for process in processes)
         said = "".join(process.said() for process in processes)
     assert len(re.findall(rf"error: row {row}: image {row}\.png cannot be read: ", said)) == 1, said
+
+
+def test_what_only_the_first_process_looks_for_is_told_by_both(both_ways):
+    runs = both_ways(STABLE_DIFFUSION)
+    said = [dict(noted(runs, STABLE_DIFFUSION, process, "refused"))["refused"] for process in range(2)]
+    assert said[0] == said[1]
+    assert re.match(r"row 5: image .*5\.png cannot be read", said[0])
+    assert not (runs["folder"] / "refused").exists()
 
 
 # Signals --------------------------------------------------------------------------------------------------------------
