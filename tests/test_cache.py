@@ -62,6 +62,16 @@ class Encoded:
     def __init__(self):
         self.number, self.before = 0, lambda number: None
 
+    def count(self, monkeypatch, owner, method):
+        function = getattr(owner, method)
+
+        def counting(model, pixel_values, *args, **kwargs):
+            self.before(len(pixel_values))
+            self.number += len(pixel_values)
+            return function(model, pixel_values, *args, **kwargs)
+
+        monkeypatch.setattr(owner, method, counting)
+
     def take(self):
         """The number since the last time."""
         number, self.number = self.number, 0
@@ -69,20 +79,16 @@ class Encoded:
 
 
 @pytest.fixture
-def encoded(monkeypatch):
-    counter = Encoded()
-
-    def counting(function):
-        def count(self, pixel_values, *args, **kwargs):
-            counter.before(len(pixel_values))
-            counter.number += len(pixel_values)
-            return function(self, pixel_values, *args, **kwargs)
-
-        return count
-
-    vae, vision = diffusers.AutoencoderKL, transformers.CLIPVisionModelWithProjection
-    monkeypatch.setattr(vae, "encode", counting(vae.encode))
-    monkeypatch.setattr(vision, "forward", counting(vision.forward))
+def encoded(request, monkeypatch):
+    """Of the model that sees every image once: the decoder's image encoder sees an empty one besides."""
+    counter, script = (
+        Encoded(),
+        request.node.callspec.params.get("script") if hasattr(request.node, "callspec") else None,
+    )
+    if script == PRIOR:
+        counter.count(monkeypatch, transformers.CLIPVisionModelWithProjection, "forward")
+    else:
+        counter.count(monkeypatch, diffusers.VQModel if script == DECODER else diffusers.AutoencoderKL, "encode")
     return counter
 
 
@@ -292,11 +298,14 @@ def test_two_processes_fill_it_together(cached, many, encoded, tmp_path):
 
 
 def test_a_process_that_fails_while_encoding_ends_the_other(cached, tmp_path):
-    saved = tiny.save_rows(tmp_path / "saved", 3000, bad=2999)
+    saved = tiny.save_rows(tmp_path / "saved", MANY, bad=MANY - 1)
     flags = {**cached(), "train_data_dir": None, "dataset_name": saved}
     result = launch(flags, TORCHRUN, ACCELERATE_USE_CPU="true")
     assert result.returncode == 1
-    assert len(re.findall(r"error: .*\brow 2999: image .*cannot be read", result.stderr)) in (1, 2)  # behind a bar
+    assert len(re.findall(rf"error: .*\brow {MANY - 1}: image .*cannot be read", result.stderr)) in (
+        1,
+        2,
+    )  # behind a bar
     assert not (flags["output_dir"] / "model_index.json").exists()
 
 
