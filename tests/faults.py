@@ -79,10 +79,10 @@ def slow_down(script):
         places += [(ocp.CheckpointManager, "wait_until_finished", PAUSE)]
         places += [(ocp.StandardCheckpointer, "wait_until_finished", PAUSE), (safetensors.numpy, "save_file", PAUSE)]
     else:
-        import accelerate
         import diffusers
+        import torch
 
-        places += [(accelerate.Accelerator, "save_state", PAUSE), (diffusers.ModelMixin, "save_pretrained", PAUSE)]
+        places += [(torch, "save", PAUSE), (diffusers.ModelMixin, "save_pretrained", PAUSE)]
     for owner, name, pause in places:
         setattr(owner, name, slowly(getattr(owner, name), pause))
     of_updates = lambda bar, *_: getattr(bar, "unit", "") == "step"  # noqa: E731  a hidden bar has none

@@ -279,7 +279,7 @@ def test_a_column_that_is_not_there_lists_those_that_are(load):
 
 @pytest.fixture
 def stream(caption_lists_folder, pipeline_folder):
-    """Function of (first, last) to the stream of examples at those positions, with everything random switched on."""
+    """The examples of a run by position, with everything random switched on."""
     settings = {"resolution": 32, "image_interpolation_mode": "lanczos", "center_crop": False, "random_flip": True}
     settings |= {"proportion_empty_prompts": 0.3, "noise_offset": 0.1, "input_perturbation": 0.1}
     arguments = argparse.Namespace(image_column="image", caption_column="text", **settings)
@@ -287,7 +287,7 @@ def stream(caption_lists_folder, pipeline_folder):
     dataset = dataset.cast_column("image", datasets.Image(decode=False))
     tokenizer = tiny.make_tokenizer(pipeline_folder / "tokenizer")
     preprocess = functools.partial(preprocess_train, arguments, tokenizer, (4, 8, 8), 1000)
-    return functools.partial(ExampleStream, dataset, preprocess, 7)
+    return ExampleStream(dataset, preprocess, 7)
 
 
 def assert_equal_examples(one, other):
@@ -296,23 +296,22 @@ def assert_equal_examples(one, other):
         assert np.array_equal(one[name], other[name]), name
 
 
-def test_a_position_is_the_same_example_wherever_the_stream_is_entered(stream):
-    whole, rest = stream(0, 30), stream(13, 30)
-    assert len(whole) == 30
-    assert len(rest) == 17
-    for position in (13, 17, 29):
-        assert_equal_examples(whole[position], rest[position - 13])
+def test_a_position_is_the_same_example_whenever_it_is_asked_for(stream):
+    whole = [stream[position] for position in range(30)]
+    for position in (29, 13, 17):
+        assert_equal_examples(whole[position], stream[position])
 
 
 def test_the_same_image_is_another_example_in_the_next_epoch(stream):
-    examples = [stream(0, 16)[position] for position in range(16)]
+    examples = [stream[position] for position in range(16)]
     for name in ("noise", "posterior_noise", "offset_noise", "perturbation_noise"):
         assert len({example[name].numpy().tobytes() for example in examples}) == 16
     assert len({example["timesteps"].item() for example in examples}) > 12
 
 
 def test_workers_change_nothing(stream):
-    loaders = [torch.utils.data.DataLoader(stream(5, 21), batch_size=3, num_workers=number) for number in (0, 2)]
+    options = {"sampler": range(5, 21), "batch_size": 3}
+    loaders = [torch.utils.data.DataLoader(stream, **options, num_workers=number) for number in (0, 2)]
     for one, other in zip(*loaders, strict=True):
         assert_equal_examples(one, other)
 
@@ -327,7 +326,7 @@ def test_every_epoch_is_a_permutation_of_its_own():
 
 
 def test_timesteps_are_uniform_and_noise_is_normal(stream):
-    examples = [stream(0, 400)[position] for position in range(400)]
+    examples = [stream[position] for position in range(400)]
     timesteps = torch.stack([example["timesteps"] for example in examples]).double()
     assert timesteps.mean().item() == pytest.approx(499.5, abs=4 * 288.7 / 20)  # four standard errors
     noise = torch.stack([example["noise"] for example in examples])
