@@ -222,8 +222,8 @@ def test_resume_is_exact(script, flags, tmp_path):
     flags |= {"max_train_steps": 6, "checkpointing_steps": 3, "lr_scheduler": "cosine", "learning_rate": 1e-3}
     run(flags, script)
     reset_accelerate()
-    start = {"resume_from_checkpoint": flags["output_dir"] / "checkpoint-3", "output_dir": tmp_path / "resumed"}
-    run({**flags, **start}, script)
+    shutil.copytree(flags["output_dir"] / "checkpoint-3", tmp_path / "resumed" / "checkpoint-3")
+    run({**flags, "resume_from_checkpoint": "latest", "output_dir": tmp_path / "resumed"}, script)
     name = TRAINED[script]
     one, other = (folder / "checkpoint-6" for folder in (flags["output_dir"], tmp_path / "resumed"))
     assert largest_difference(one, other, (name, f"{name}_ema")) == 0.0
@@ -391,16 +391,14 @@ def test_a_prior_without_its_vocabulary_is_found_before_the_decoder_trains(flags
 
 
 def test_a_checkpoint_of_the_other_script(flags, tmp_path):
-    run({**flags, "output_dir": tmp_path / "prior", "checkpointing_steps": 2}, PRIOR)
-    flags["resume_from_checkpoint"] = tmp_path / "prior" / "checkpoint-2"
-    with pytest.raises(importlib.import_module(DECODER).RunError, match="holds no unet/, it is of another script"):
-        run(flags, DECODER)
+    run({**flags, "output_dir": tmp_path / "output", "checkpointing_steps": 2}, PRIOR)
+    reset_accelerate()
+    with pytest.raises(importlib.import_module(DECODER).RunError, match="checkpoint-2"):
+        run({**flags, "output_dir": tmp_path / "output", "resume_from_checkpoint": "latest"}, DECODER)
 
 
 def test_a_resolution_that_the_decoder_cannot_take(flags):
     import train_text_to_image_decoder
 
-    with pytest.raises(
-        train_text_to_image_decoder.RunError, match="--resolution 30: the decoder takes multiples of 8, such as 32"
-    ):
+    with pytest.raises(train_text_to_image_decoder.RunError, match="--resolution 30: .*8"):
         run({**flags, "resolution": 30}, DECODER)

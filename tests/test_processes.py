@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -35,11 +36,11 @@ either_framework = pytest.mark.parametrize("script", [STABLE_DIFFUSION, FLAX])
 # Trains again and again, as one of several processes, and notes what this one draws and writes. A library may write by
 # other means than Python's: files of process 0 can be read by all, those of the others not, by which they are known.
 RECORDER = """
-import functools, json, os, sys
+import functools, json, os, shutil, sys, time
 from importlib import import_module
 from pathlib import Path
 
-folder, runs = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
+folder, (runs, starts) = Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text())
 process = os.environ.get("RANK") or os.environ["JAX_PROCESS_ID"]
 os.umask(0o022 if process == "0" else 0o027)
 record = open(os.devnull, "w")
@@ -52,6 +53,14 @@ def note_file(event, arguments):
     writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     if (writes or event in changes) and isinstance(arguments[0], (str, bytes, os.PathLike)):
         note("write", os.path.abspath(os.fsdecode(arguments[0])))
+
+def copy_checkpoint(start, output_dir):
+    copy = Path(output_dir, "checkpoint-2")
+    if process == "0":
+        shutil.copytree(Path(start, copy.name), copy.with_suffix(".copy"))
+        copy.with_suffix(".copy").rename(copy)
+    while not copy.exists():
+        time.sleep(0.01)
 
 def noted(call, event, position):
     @functools.wraps(call)
@@ -77,6 +86,9 @@ for script, name, words, port in runs:
     record = (folder / f"{script}-{name}-{process}.jsonl").open("w")
     os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}  # a meeting place for each run
     module = import_module(script)
+    output_dir = words[words.index("--output_dir") + 1]
+    if start := starts.get(output_dir):
+        copy_checkpoint(start, output_dir)
     try:
         module.main(module.parse_args(words))
     except module.RunError as error:
@@ -133,12 +145,15 @@ def finish(commands, environments, folder, seconds=300):
     return [(status, (folder / f"stderr-{index}").read_text()) for index, status in enumerate(statuses)]
 
 
-def run_two(runs, folder):
-    """Train by two processes on this host, again and again; runs: [(script, name, flags)]. All in JAX, or none."""
+def run_two(runs, folder, starts):
+    """Train by two processes on this host, again and again; runs: [(script, name, flags)]. All in JAX, or none.
+
+    starts: {output_dir: that of the run whose checkpoint 2 it resumes from}.
+    """
     folder.mkdir(exist_ok=True)
     (folder / "recorder.py").write_text(RECORDER)
     runs = [(script, name, command_line(flags), free_port()) for script, name, flags in runs]
-    (folder / "runs.json").write_text(json.dumps(runs))
+    (folder / "runs.json").write_text(json.dumps([runs, starts]))
     program = [str(folder / "recorder.py"), str(folder), str(folder / "runs.json")]
     environment = {"PYTHONPATH": str(ROOT)}
     if runs[0][0] == FLAX:
@@ -184,7 +199,7 @@ def both_ways(inputs, tmp_path_factory):
 
     @functools.cache
     def of_kind(scripts):
-        folder, runs, flags = tmp_path_factory.mktemp("processes"), [], {}
+        folder, runs, flags, starts = tmp_path_factory.mktemp("processes"), [], {}, {}
         for script in scripts:
             of_script = {**flags_of(inputs, script), "validation_prompts": PROMPTS, "validation_steps": 2}
             flags[script] = {
@@ -192,7 +207,8 @@ def both_ways(inputs, tmp_path_factory):
             }
             for way in WAYS:
                 start = folder / script / ("one" if way == "1 to 2" else "two")
-                flags[script][way] |= {"resume_from_checkpoint": start / "checkpoint-2", "validation_prompts": None}
+                flags[script][way] |= {"resume_from_checkpoint": "latest", "validation_prompts": None}
+                starts[folder / script / way] = start
             if script in (PRIOR, DECODER):
                 runs.append((script, "two", {**flags[script]["two"], **TWO, "seed": None}))
                 continue
@@ -204,12 +220,14 @@ def both_ways(inputs, tmp_path_factory):
             (images / "5.png").write_bytes(b"no picture")
             refused = {**flags[STABLE_DIFFUSION]["two"], **TWO, "train_data_dir": images}
             runs.append((STABLE_DIFFUSION, "refused", {**refused, "output_dir": folder / "refused"}))
-        run_two(runs, folder)
+        # The others go on from the checkpoints of "two", so that it has to end first; all by the same two processes.
+        run_two(runs, folder, {str(way): str(start) for way, start in starts.items()})
         for script in scripts:
             if script in (PRIOR, DECODER):
                 seed = faults.state_of_run(folder / script / "two" / "checkpoint-4")["seed"]
                 train_by_one({**flags[script]["one"], **ONE, "seed": seed}, script)
             else:
+                shutil.copytree(folder / script / "two" / "checkpoint-2", folder / script / "2 to 1" / "checkpoint-2")
                 train_by_one({**flags[script]["2 to 1"], **ONE_MORE}, script)
         folders = {name: Path(name) for name in ("one", "two", *WAYS)}
         return {script: {"folder": folder} | {n: folder / script / p for n, p in folders.items()} for script in scripts}
@@ -299,7 +317,8 @@ def test_prompts_are_shared_out_and_the_picture_is_that_of_one_process(script, b
     seed = faults.state_of_run(runs["two"] / "checkpoint-4")["seed"]
     drawn = [[what for event, what in noted(runs, script, process) if event == "draw"] for process in range(2)]
     assert drawn == [[red, blue] * 2, [green, red] * 2]
-    resumed = {"resume_from_checkpoint": runs["two"] / "checkpoint-4", "output_dir": tmp_path / "drawn", "seed": seed}
+    shutil.copytree(runs["two"] / "checkpoint-4", tmp_path / "drawn" / "checkpoint-4")
+    resumed = {"resume_from_checkpoint": "latest", "output_dir": tmp_path / "drawn", "seed": seed}
     run({**flags_of(inputs, script), **ONE, **resumed, "validation_prompts": PROMPTS}, script)
     name = Path("validation", "step-000004.png")
     one, two = (np.asarray(PIL.Image.open(folder / name)).astype(int) for folder in (tmp_path / "drawn", runs["two"]))
