@@ -134,8 +134,10 @@ def test_an_upload_ends_complete_when_every_request_failed_once(hub, pauses, scr
     assert WRITE not in said
 
 
-@pytest.mark.parametrize("name", PREPARATION)
-@pytest.mark.parametrize("fault", [401, 403, 500, "break"])
+@pytest.mark.parametrize(
+    ("script", "name", "fault"),
+    [*((SD, name, fault) for name in PREPARATION for fault in (401, 403, 500, "break")), (FLAX, "permission", 403)],
+)
 def test_what_fails_before_the_training_stops_the_run(hub, pauses, upload, script, name, fault):
     """The permission to write is tried then, also of a repository that is there: creating it succeeds for anybody."""
     flags, error = upload

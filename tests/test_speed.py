@@ -1,11 +1,16 @@
 """What makes the scripts fast changes no result: each lever against the plain way."""
 
 import functools
+import os
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from conftest import reset_accelerate, run
+from demo import KEEP_FREED_MEMORY
 from diffusers.training_utils import EMAModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +31,33 @@ def test_the_average_is_diffusers_own():
         theirs.step(model.parameters())
     for mine, their in zip(average.parameters(), theirs.shadow_params, strict=True):
         torch.testing.assert_close(mine, their, rtol=1e-6, atol=1e-6)
+
+
+# Counted are pages that the system has to clear, of ten tensors of 64 MB, one after the other.
+PAGES = """
+import resource, torch
+
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)
+    cleared = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(cleared)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc")
+def test_freed_memory_is_taken_again_in_the_demo():
+    """By the variables of its training's environment."""
+    cleared = []
+    for variables in ({}, KEEP_FREED_MEMORY):
+        environment = {**os.environ, **variables}
+        result = subprocess.run(
+            [sys.executable, "-c", PAGES], env=environment, capture_output=True, text=True, check=True
+        )
+        cleared.append(int(result.stdout))
+    assert cleared[0] > 300  # 163,840 of 4 KB each, or 320 of 2 MB
+    assert cleared[1] < cleared[0] / 10
 
 
 def test_pixels_are_exact_on_the_device():
