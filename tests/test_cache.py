@@ -274,7 +274,7 @@ def test_a_signal_while_encoding_keeps_what_is_made(cached, many, encoded, capfd
     flags = {**cached(), "train_data_dir": None, "dataset_name": many, "random_flip": False, "train_batch_size": 50}
     flags |= {"max_train_steps": 1}
     interrupt(encoded, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    with pytest.raises(BaseException) as end:  # noqa: B017, PT011  a notebook sees what the process would end with
+    with pytest.raises(BaseException) as end:
         run(flags)
     said = f"{end.value}\n{capfd.readouterr().err}"
     assert re.search("stopped by SIGTERM while encoding; the same command ", said)

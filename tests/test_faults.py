@@ -214,7 +214,7 @@ def test_the_other_signals_end_a_run_likewise(number, whole, tmp_path, monkeypat
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step_and_signal)
-    with pytest.raises(BaseException) as end:  # noqa: B017, PT011  a notebook sees what the process would end with
+    with pytest.raises(BaseException) as end:
         run(flags)
     said = f"{end.value}\n{capfd.readouterr().err}"
     assert re.search(rf"stopped by {number.name} after step 3; .*--resume_from_checkpoint", said)
