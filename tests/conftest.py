@@ -102,6 +102,17 @@ def flags(pipeline_folder, images_folder, tmp_path):
     }
 
 
+# python -c IMPATIENT SCRIPT FLAGS: runs a script that does not wait long for anything.
+IMPATIENT = """
+import runpy, sys, time
+
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.1))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def command_line(flags):
     """Turn {"name": value} into the words of a command line; None and False leave a flag out."""
     words = []

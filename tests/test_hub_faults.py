@@ -171,7 +171,7 @@ def test_what_lasts_ends_an_upload_with_the_command_that_repeats_it(hub, pauses,
     """After three tries, with pauses in which a Hub may come back."""
     flags, error = upload
     hub.fail = faults(fault, UPLOAD[name])
-    with pytest.raises(error, match="^--push_to_hub: ") as caught:
+    with pytest.raises(error, match="^--push_to_hub") as caught:
         run(flags, script)
     if name == "commit":
         assert requests_at(hub, UPLOAD[name]) == [fault] * 3
