@@ -198,7 +198,6 @@ def test_the_tests_that_are_named_are_there():
 
 def test_the_number_of_flags_is_true():
     import check_data
-
     import train_text_to_image
     import train_text_to_image_decoder
     import train_text_to_image_flax
