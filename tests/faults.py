@@ -160,12 +160,12 @@ class Process:
         return max((int(step) for step in re.findall(r"(\d+)/\d+ \[[^\]\n]*step", self.said())), default=0)
 
     def names(self, kind):
-        """The checkpoints in output_dir that are "partial" or "removed", as the numbers of their steps."""
-        suffixes = {"partial": r"\.(?:partial|orbax-checkpoint-tmp)", "removed": r"\.removed"}
-        found = (
-            re.match(r"checkpoint.(\d+)" + suffixes[kind], path.name) for path in self.output_dir.glob("checkpoint*")
-        )
-        return [int(match[1]) for match in found if match]
+        """The numbers of checkpoints in output_dir that are "partial", or "removed": half of one with a newer beside it."""
+        names = [path.name for path in self.output_dir.glob("checkpoint*")]
+        whole = [int(name.removeprefix("checkpoint-")) for name in names if re.fullmatch(r"checkpoint-\d+", name)]
+        halves = [re.match(r"checkpoint.(\d+)\.(?:partial|removed|orbax-checkpoint-tmp)", name) for name in names]
+        steps = [int(match[1]) for match in halves if match]
+        return [step for step in steps if (step < max(whole, default=0)) == (kind == "removed")]
 
     def until(self, condition, seconds=180):
         """Wait until the condition holds. Returns False if the process ends before; an error or a hang is one here."""

@@ -237,13 +237,13 @@ def test_a_checkpoint_with_other_bytes_of_the_same_length(flags, file):
     run({**flags, "checkpointing_steps": 2})
     path = flags["output_dir"] / "checkpoint-2" / file
     path.write_bytes(b" " * path.stat().st_size if file == "optimizer.bin" else b"{}")
-    with pytest.raises(RunError, match="checkpoint-2: .*(damaged|not a )|has no complete checkpoint"):
+    with pytest.raises(RunError, match="checkpoint-2: the optimizer|--resume_from_checkpoint latest: .*no complete"):
         run({**flags, "max_train_steps": 3, "resume_from_checkpoint": "latest"})
 
 
 def test_resume_with_the_other_kind_of_optimizer_is_an_error(flags):
     run({**flags, "checkpointing_steps": 2})
-    with pytest.raises(RunError, match="--use_8bit_adam: .*checkpoint-2"):
+    with pytest.raises(RunError, match="checkpoint-2.*use_8bit_adam"):
         run({**flags, "max_train_steps": 3, "use_8bit_adam": True, "resume_from_checkpoint": "latest"})
 
 

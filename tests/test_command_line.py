@@ -301,9 +301,9 @@ BAD_INPUT = {
     "no such folder": ("train_data_dir", "nowhere", "--train_data_dir nowhere: "),
     "empty folder": ("train_data_dir", empty_folder, "--train_data_dir "),
     "no such data set": ("dataset_name", "nobody/nothing", "--dataset_name nobody/nothing: "),
-    "no such image column": ("image_column", "picture", "--image_column picture: no such column; there are"),
-    "no such caption column": ("caption_column", "title", "--caption_column title: no such column; there are"),
-    "no metadata": ("train_data_dir", no_captions, "--caption_column text: no such column; there are image"),
+    "no such image column": ("image_column", "picture", "--image_column picture: no such column"),
+    "no such caption column": ("caption_column", "title", "--caption_column title: no such column"),
+    "no metadata": ("train_data_dir", no_captions, "--caption_column text: no such column"),
     "captions that are numbers": ("train_data_dir", numbers_as_captions, "--caption_column text: holds Value('int64')"),
     "metadata without its image": ("train_data_dir", dangling_metadata, "3.png"),
     "broken image": ("train_data_dir", broken_images, "5.png cannot be read"),
@@ -341,8 +341,7 @@ def test_the_line_and_the_status_that_the_user_sees(flags):
     assert result.returncode == 1
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
-    line = "error: --image_column picture: no such column; there are image, text"
-    assert result.stderr.splitlines()[-1] == line
+    assert re.match("error: --image_column picture: no such column.*image.*text", result.stderr.splitlines()[-1])
 
 
 def test_a_bad_image_that_a_data_worker_meets(flags, tmp_path):
