@@ -160,7 +160,7 @@ class Process:
         return max((int(step) for step in re.findall(r"(\d+)/\d+ \[[^\]\n]*step", self.said())), default=0)
 
     def names(self, kind):
-        """The numbers of checkpoints in output_dir that are "partial", or "removed": half of one with a newer beside it."""
+        """The steps of half checkpoints in output_dir: "partial", or "removed" if a newer one stands beside it."""
         names = [path.name for path in self.output_dir.glob("checkpoint*")]
         whole = [int(name.removeprefix("checkpoint-")) for name in names if re.fullmatch(r"checkpoint-\d+", name)]
         halves = [re.match(r"checkpoint.(\d+)\.(?:partial|removed|orbax-checkpoint-tmp)", name) for name in names]
