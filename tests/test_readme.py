@@ -25,13 +25,8 @@ from safetensors.torch import load_file
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = ["--resolution=32", "--max_train_steps=2", "--checkpointing_steps=1", "--mixed_precision=no"]
 RUN_ELSEWHERE = {
-    "pip install -r requirements_flax.txt": "by the Makefile",
-    "make test": "what runs this",
-    "make faults": "by hand, and its short form by test_faults.py",
-    "make lint": "by .ci/run",
-    "make benchmark": "by hand, and its parts by test_benchmarks.py",
     "pip install -r requirements.txt": "by the Makefile",
-    "tensorboard --logdir my_model/logs": "a server; the events are read back in test_training.py",
+    "pip install -r requirements_flax.txt": "by the Makefile",
 }
 
 
