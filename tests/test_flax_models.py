@@ -28,7 +28,6 @@ from train_text_to_image_flax import (
     PARTS,
     RunError,
     attend,
-    load_models,
     make_model,
     mean_and_deviation,
     read_config,
@@ -742,13 +741,13 @@ def test_weights_that_are_not_there(part, pipeline_folder, tmp_path):
     model, weights = load(folder)
     file = folder / f"{STEMS[part]}.safetensors"
     message = one_line(read_weights, model, folder, "fp16")
-    assert message.startswith(f"{folder}: holds no weights of variant fp16, only {file.name}; ")
+    assert message.startswith(f"{folder}: {STEMS[part]}.fp16.safetensors is missing, only {file.name}; ")
     file.rename(folder / f"{STEMS[part]}.fp16.safetensors")
     message = one_line(read_weights, model, folder, None)
-    assert message.startswith(f"{folder}: holds no weights of the plain variant, only {STEMS[part]}.fp16.safetensors; ")
+    assert message.startswith(f"{folder}: {file.name} is missing, only {STEMS[part]}.fp16.safetensors; ")
     (folder / f"{STEMS[part]}.fp16.safetensors").rename(folder / f"{STEMS[part]}.bin")
     message = one_line(read_weights, model, folder, None)
-    assert message.startswith(f"{folder}: holds no weights")
+    assert message.startswith(f"{folder}: {file.name} is missing")
     assert ".bin files are not loaded" in message
 
 
@@ -775,8 +774,9 @@ def flax_pipeline(pipeline, tmp_path_factory):
     config = {**pipeline.unet.config, "block_out_channels": (32, 64), "norm_num_groups": 32}
     shutil.copytree(folder, source, dirs_exist_ok=True)
     fill(UNet2DConditionModel.from_config(config)).save_pretrained(source / "unet")
+    parts = {part: load(source / part) for part in PARTS}
     args = Namespace(output_dir=str(output_dir), save_flax_weights=True, variant=None)
-    models, weights = load_models(source, source, None)
+    models, weights = ({part: pair[k] for part, pair in parts.items()} for k in (0, 1))
     index = result_index(source, None)
     save_frozen_parts(args, source, index, models, weights)
     save_result(args, source, source, index, models["unet"], weights["unet"], "epsilon")

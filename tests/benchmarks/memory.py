@@ -11,10 +11,7 @@ tensors. The norms' inputs are kept in float32, as autocast has them on GPUs.
 import argparse
 import contextlib
 import functools
-import importlib
-import sys
 import weakref
-from pathlib import Path
 
 import costs
 import sizes
@@ -23,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 
 # The flags of a run, with what they do here.
@@ -62,17 +59,13 @@ class LiveBytes(TorchDispatchMode):
         return made
 
 
-def script_of(size):
-    """The module of the script that trains a size."""
-    sys.path.insert(0, str(ROOT))
-    return importlib.import_module(sizes.SIZES[size][0].removesuffix(".py"))
-
-
 def recompute(size, model):
     """--gradient_checkpointing, as the scripts do it."""
     if sizes.kind_of(size) != "prior":
-        return model.enable_gradient_checkpointing()
-    return script_of(size).checkpoint_blocks(model)
+        model.enable_gradient_checkpointing()
+        return
+    for block in model.transformer_blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
 @contextlib.contextmanager
