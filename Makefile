@@ -19,8 +19,8 @@ faults: $(VENV)/installed-tests
 
 # Against what the mirrored script does, or by hand against its real file: see tests/benchmarks/README.md.
 benchmark: $(VENV)/installed-tests
-	$(VENV)/bin/python tests/benchmarks/benchmark.py --size small --use_ema --levers plain workers cache alone \
-		--versus tests/benchmarks/recipe.py
+	$(VENV)/bin/python tests/benchmarks/benchmark.py --size small --use_ema \
+		--levers plain workers cache memory-returned alone --versus tests/benchmarks/recipe.py
 
 lint: $(VENV)/bin/ruff
 	$(VENV)/bin/ruff format --check .

@@ -27,15 +27,13 @@ import shapes
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline
+from freed_memory import KEEP_FREED_MEMORY
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINE = ROOT / "tests" / "assets" / "shapes-64"
 SCRIPTS = ("train_text_to_image.py", "train_text_to_image_flax.py")
 
-# glibc returns what is larger than 32 MB to the system, which clears every page of it again at the next step of a
-# training on a CPU; with these variables it keeps it. Elsewhere they mean nothing.
-KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 NUM_TRAIN_PICTURES = 160  # of stars
 NUM_REHEARSED_PICTURES = 60  # of the old shapes, drawn by the pipeline itself
 NUM_DRAWN = 60  # pictures behind each figure

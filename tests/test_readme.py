@@ -25,14 +25,8 @@ from safetensors.torch import load_file
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALL = ["--resolution=32", "--max_train_steps=2", "--checkpointing_steps=1", "--mixed_precision=no"]
 RUN_ELSEWHERE = {
-    "make demo": "by hand, and its parts by test_shapes.py",
-    "pip install -r requirements_flax.txt": "by the Makefile",
-    "make test": "what runs this",
-    "make faults": "by hand, and its short form by test_faults.py",
-    "make lint": "by .ci/run",
-    "make benchmark": "by hand, and its parts by test_benchmarks.py",
     "pip install -r requirements.txt": "by the Makefile",
-    "tensorboard --logdir my_model/logs": "a server; the events are read back in test_training.py",
+    "pip install -r requirements_flax.txt": "by the Makefile",
 }
 
 
@@ -98,7 +92,7 @@ def drive(steps, workplace, name):
 
 def test_every_command_is_run_or_accounted_for():
     assert set(commands()) == {*TRAINING, *LOOKING, *RUN_ELSEWHERE}
-    assert (len(TRAINING), len(LOOKING), len(blocks("python"))) == (9, 1, 7)
+    assert (len(TRAINING), len(LOOKING), len(blocks("python"))) == (9, 1, 6)
 
 
 def training(words):
@@ -137,7 +131,7 @@ def test_all_that_trains_in_pytorch_and_draws_with_it(workplace):
         step(training(["--cache_encodings"])),
     ]
     steps += [step(command) for command in TRAINING if "kandinsky" in command]
-    steps += [drawing(3), drawing(4), drawing(5, checkpoint_500="checkpoint-2"), ["python", "notebook", notebook]]
+    steps += [drawing(3), drawing(4, checkpoint_500="checkpoint-2"), ["python", "notebook", notebook]]
     result = drive(steps, workplace, "pytorch")
     assert "my_model/checkpoint-2" in result.stderr
     assert (folder / "notebook" / "model_index.json").is_file()
@@ -166,7 +160,7 @@ def test_looking_at_the_data(workplace):
     (command,) = LOOKING
     words = [str(ROOT / word) if word == "check_data.py" else word for word in shlex.split(command)]
     result = check([sys.executable, *words[1:]], workplace)
-    assert "8 rows" in result.stdout
+    assert "        8  enlarged: images smaller than 512 pixels" in result.stdout
 
 
 def test_weights_in_pickles_are_converted(workplace):
@@ -183,7 +177,7 @@ def test_weights_in_pickles_are_converted(workplace):
     reset_accelerate()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
-        exec(compile(blocks("python")[6], "README.md", "exec"), {})
+        exec(compile(blocks("python")[5], "README.md", "exec"), {})
     run({**flags, "pretrained_model_name_or_path": folder / "converted_model"})
 
 
