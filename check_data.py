@@ -14,20 +14,20 @@ from multiprocessing.pool import ThreadPool
 
 
 class RunError(Exception):
-    """An error in the data or flags, in one line."""
+    """An error in the data or flags, as one line."""
 
 
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--train_data_dir", help="folder of images, with their captions in its metadata.jsonl")
-    add("--dataset_name", help="data set: a Hub id, a local copy of one, or a folder saved by save_to_disk")
-    add("--dataset_config_name", help="configuration of that data set, if it has several")
-    add("--cache_dir", help="where downloads of data sets and tokenizers are kept")
-    add("--image_column", default="image", help="column that holds the images")
-    add("--caption_column", default="text", help='column that holds captions; "" checks none, for the decoder')
+    add("--train_data_dir", help="folder of images with a metadata.jsonl of captions")
+    add("--dataset_name", help="data set: a Hub id, a local copy of one, or a folder written by save_to_disk")
+    add("--dataset_config_name", help="configuration of the data set, if it has several")
+    add("--cache_dir", help="folder for downloaded data sets and tokenizers")
+    add("--image_column", default="image", help="column of the images")
+    add("--caption_column", default="text", help='column of the captions; "" checks none, for the decoder')
     add("--resolution", type=int, default=512, help="side of the square training images, in pixels")
-    add("--tokenizer", help="model or tokenizer (folder or Hub id), to find captions that are longer than it reads")
+    add("--tokenizer", help="model or tokenizer (folder or Hub id), to find captions longer than it accepts")
     args = parser.parse_args(input_args)
     if args.resolution <= 0 or not (args.dataset_name or args.train_data_dir):
         parser.error("give a data set, --dataset_name or --train_data_dir, and a --resolution larger than 0")
@@ -70,7 +70,7 @@ def load_rows(args):
         raise RunError(f"--image_column {args.image_column}: no column of images in {dataset.features}")
     text = dataset.features.get(args.caption_column)
     if args.caption_column and getattr(getattr(text, "feature", text), "dtype", "") not in ("string", "large_string"):
-        hint = 'captions of a folder stand in its metadata.jsonl; --caption_column "" checks none'
+        hint = 'captions of a folder belong in its metadata.jsonl; --caption_column "" checks none'
         raise RunError(f"--caption_column {args.caption_column}: no column of text in {dataset.features}; {hint}")
     columns = [column for column in (args.image_column, args.caption_column) if column]
     return dataset.select_columns(columns).cast_column(args.image_column, datasets.Image(decode=False))
@@ -87,12 +87,7 @@ def load_tokenizer(path, cache_dir):
 
 
 def read_image(value):
-    """Decode an image file of any mode to an upright RGB `PIL.Image` with transparency laid on white.
-
-    `value` is {"bytes": bytes or None, "path": str or None}. Raises RunError with the file's name if that fails.
-    """
-    if value is None:
-        raise RunError("there is no image")
+    """Decode {"bytes": bytes or None, "path": str or None} to an upright RGB `PIL.Image` on white. Raises RunError."""
     try:
         image = PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
         image = PIL.ImageOps.exif_transpose(image)
@@ -109,11 +104,13 @@ def read_image(value):
 
 
 def check_row(args, dataset, tokenizer, row):
-    """Read a row. Returns what the square crop takes of its image, [0 to 1], and its findings, [(kind, details)]."""
+    """Read a row. Returns [fraction of its image that the square crop cuts off] and its findings, [(kind, details)]."""
     values, crop, found = dataset[row], [], []
     image, captions = values[args.image_column], values.get(args.caption_column, "-")
     name = f"row {row}" + (f" ({os.path.basename(image['path'])})" if image and image["path"] else "")
     try:
+        if image is None:
+            raise RunError("there is no image")
         width, height = read_image(image).size
         crop = [1 - min(width, height) / max(width, height)]
         if min(width, height) < args.resolution:
@@ -134,7 +131,7 @@ def main(args):
     try:
         dataset = load_rows(args)
         tokenizer = load_tokenizer(args.tokenizer, args.cache_dir) if args.tokenizer else None
-    except Exception as error:  # libraries raise all kinds
+    except Exception as error:  # libraries raise exceptions of all kinds
         sys.exit(f"error: {args.dataset_name or args.train_data_dir}: {' '.join(str(error).split())}")
     findings, crops, refused = defaultdict(list), [], 0
     rows = ThreadPool().imap(lambda row: check_row(args, dataset, tokenizer, row), range(len(dataset)), chunksize=16)

@@ -448,8 +448,8 @@ def prepare_rows(accelerator, args, dataset, tokenizer, vae, text_encoder):
     To be called by every process.
     """
     if not args.cache_encodings:
-        to_device(accelerator, vae)
-        to_device(accelerator, text_encoder)
+        vae.to(accelerator.device)
+        text_encoder.to(accelerator.device)
         return dataset, functools.partial(preprocess_train, args, tokenizer)
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     settings = [args.resolution, args.image_interpolation_mode, args.random_flip, str(vae.dtype), rules]
@@ -532,8 +532,8 @@ def main(args):
             parts |= {"safety_checker": None, "requires_safety_checker": False}
             validation_pipeline = StableDiffusionPipeline.from_pretrained(path, **parts, **hub)
     latents_shape = check_architecture(unet, vae, text_encoder, tokenizer, args.resolution)
-    vae.requires_grad_(False)
-    text_encoder.requires_grad_(False)
+    for frozen in (vae, text_encoder):
+        frozen.requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions
     prediction_type = args.prediction_type or noise_scheduler.config.prediction_type
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
     check_objective(prediction_type, alphas_cumprod)
@@ -555,7 +555,7 @@ def main(args):
         check_resume(args, checkpoint, start, run)
 
     # Optimizer.
-    to_device(accelerator, unet.train(), trained=True)
+    to_device(accelerator, unet.train())
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -858,7 +858,7 @@ def visiting(accelerator, *models):
     """Move the models to the device for the duration of the block."""
     homes = [next(model.parameters()).device for model in models]
     for model in models:
-        to_device(accelerator, model)
+        model.to(accelerator.device)
     yield
     for model, home in zip(models, homes, strict=True):
         model.to(home)
@@ -1029,7 +1029,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1
 
 def make_accelerator(args):
     """The `Accelerator` of the flags and of accelerate's configuration. Raises RunError if it cannot be used."""
-    with naming(f"accelerate, with --report_to {args.report_to}"):
+    with naming(f"--mixed_precision {args.mixed_precision}, --report_to {args.report_to}"):
         accelerator = accelerate.Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
@@ -1109,10 +1109,10 @@ def noted_anywhere(noted, group):
 
 
 # Weights, optimizer and average ---------------------------------------------------------------------------------------
-def to_device(accelerator, model, trained=False):
-    """Move a model to the device, with channels-last convolution weights where that is faster: not to train on CPUs."""
-    if not trained or (accelerator.device.type == "cuda" and accelerator.distributed_type != "FSDP"):
-        model.to(memory_format=torch.channels_last)  # sharded weights must be contiguous
+def to_device(accelerator, model):
+    """Move a model that trains, or its average, to the device. Channels-last weights are faster, but not on CPUs."""
+    if accelerator.device.type == "cuda" and accelerator.distributed_type != "FSDP":  # which needs contiguous ones
+        model.to(memory_format=torch.channels_last)
     return model.to(accelerator.device)
 
 
@@ -1140,7 +1140,7 @@ def place_ema(accelerator, ema, offload=False):
     ema.forward = accelerate.utils.convert_outputs_to_fp32(ema.forward)  # as of the trained model in mixed precision
     if accelerator.distributed_type == "FSDP":
         return accelerate.utils.fsdp2_prepare_model(accelerator, ema)
-    return ema if offload else to_device(accelerator, ema, trained=True)
+    return ema if offload else to_device(accelerator, ema)
 
 
 @torch.no_grad()
@@ -1221,9 +1221,8 @@ class UpdateLog:
             update = {"train_loss": loss, "grad_norm": norm, "lr": learning_rate, **speed}
             self.accelerator.log(update, step=step, log_kwargs={"tensorboard": {"walltime": walltime}})
             self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
-            if self.nonfinite >= (
-                20 if self.accelerator.scaler else 1
-            ):  # fp16 skips some while it finds its loss scale
+            limit = 20 if self.accelerator.scaler else 1  # fp16 skips some updates while it finds its loss scale
+            if self.nonfinite >= limit:
                 raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --learning_rate")
         self.progress_bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{speed['examples_per_second']:.1f}")
         self.updates, self.started, self.waited = [], None, 0.0
@@ -1240,7 +1239,7 @@ def as_json(value, indent=None):
     return "\n".join(map(printable, json.dumps(value, indent=indent, ensure_ascii=False).split("\n")))
 
 
-def write_model_card(args, base, name, seed, tags, text):
+def write_model_card(args, base, name, seed, tags, text, **metadata):
     """Write output_dir/README.md. base: what was fine-tuned; name: of the result; tags: for the Hub; text: Markdown."""
     source = args.dataset_name or args.train_data_dir
     metadata = ModelCardData(
@@ -1248,6 +1247,7 @@ def write_model_card(args, base, name, seed, tags, text):
         datasets=None if Path(source).exists() else [source],
         library_name="diffusers",
         tags=[*tags, "text-to-image", "diffusers", "diffusers-training"],
+        **metadata,
     )
     title = re.sub(r"[^\w./ -]", "-", Path(name).resolve().name if Path(name).exists() else name)
     flags = as_json(recorded_arguments(args, seed), indent=2)
