@@ -353,8 +353,8 @@ def prepare_rows(accelerator, args, dataset, image_processor, movq, image_encode
     The third value is the empty embedding, on the device. To be called by every process.
     """
     if not args.cache_encodings:
-        to_device(accelerator, movq)
-        to_device(accelerator, image_encoder)
+        movq.to(accelerator.device)
+        image_encoder.to(accelerator.device)
         return dataset, functools.partial(preprocess_train, args, image_processor), empty_embedding(image_encoder)
     settings = [args.resolution, str(movq.dtype), image_processor.to_dict()]
     encode = functools.partial(encode_rows, args, image_processor, movq, image_encoder)
@@ -442,8 +442,8 @@ def main(args):
         if args.validation_prompts:
             validation_pipeline = KandinskyV22Pipeline.from_pretrained(decoder_path, unet=unet, movq=movq, **hub)
     latents_shape = check_architecture(unet, movq, image_encoder, prior, args.resolution)
-    movq.requires_grad_(False)
-    image_encoder.requires_grad_(False)
+    for model in (movq, image_encoder):
+        model.requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions
     prediction_type = noise_scheduler.config.prediction_type
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
     check_objective(prediction_type, alphas_cumprod)
@@ -463,7 +463,7 @@ def main(args):
         check_resume(args, checkpoint, start, run)
 
     # Optimizer.
-    to_device(accelerator, unet.train(), trained=True)
+    to_device(accelerator, unet.train())
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -767,7 +767,7 @@ def visiting(accelerator, *models):
     """Move the models to the device for the duration of the block."""
     homes = [next(model.parameters()).device for model in models]
     for model in models:
-        to_device(accelerator, model)
+        model.to(accelerator.device)
     yield
     for model, home in zip(models, homes, strict=True):
         model.to(home)
@@ -938,7 +938,7 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1
 
 def make_accelerator(args):
     """The `Accelerator` of the flags and of accelerate's configuration. Raises RunError if it cannot be used."""
-    with naming(f"accelerate, with --report_to {args.report_to}"):
+    with naming(f"--mixed_precision {args.mixed_precision}, --report_to {args.report_to}"):
         accelerator = accelerate.Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
@@ -1018,10 +1018,10 @@ def noted_anywhere(noted, group):
 
 
 # Weights, optimizer and average ---------------------------------------------------------------------------------------
-def to_device(accelerator, model, trained=False):
-    """Move a model to the device, with channels-last convolution weights where that is faster: not to train on CPUs."""
-    if not trained or (accelerator.device.type == "cuda" and accelerator.distributed_type != "FSDP"):
-        model.to(memory_format=torch.channels_last)  # sharded weights must be contiguous
+def to_device(accelerator, model):
+    """Move a model that trains, or its average, to the device. Channels-last weights are faster, but not on CPUs."""
+    if accelerator.device.type == "cuda" and accelerator.distributed_type != "FSDP":  # which needs contiguous ones
+        model.to(memory_format=torch.channels_last)
     return model.to(accelerator.device)
 
 
@@ -1049,7 +1049,7 @@ def place_ema(accelerator, ema, offload=False):
     ema.forward = accelerate.utils.convert_outputs_to_fp32(ema.forward)  # as of the trained model in mixed precision
     if accelerator.distributed_type == "FSDP":
         return accelerate.utils.fsdp2_prepare_model(accelerator, ema)
-    return ema if offload else to_device(accelerator, ema, trained=True)
+    return ema if offload else to_device(accelerator, ema)
 
 
 @torch.no_grad()
