@@ -177,18 +177,19 @@ from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def train_transforms(image, resolution):
-    """Crop the central square of an RGB `PIL.Image` and resize it. Returns uint8 (resolution, resolution, 3)."""
+def square_transforms(image, resolution):
+    """Crop the central square of an RGB `PIL.Image`, resize it. Returns a tensor (3, resolution, resolution), uint8."""
     side = min(image.size)
     top, left = round((image.height - side) / 2), round((image.width - side) / 2)
     image = image.crop((left, top, left + side, top + side))
-    return np.array(image.resize((resolution, resolution), PIL.Image.Resampling.BICUBIC))
+    image = image.resize((resolution, resolution), PIL.Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def preprocess_image(args, image_processor, image):
     """Inputs of MoVQ, uint8 (3, resolution, resolution), and of the image encoder, float32 (3, side, side)."""
     return {
-        "pixel_values": torch.from_numpy(train_transforms(image, args.resolution)).permute(2, 0, 1).contiguous(),
+        "pixel_values": square_transforms(image, args.resolution),
         "clip_pixel_values": image_processor(image, return_tensors="pt").pixel_values[0],
     }
 
@@ -323,7 +324,7 @@ def check_architecture(unet, movq, image_encoder, prior, resolution):
     """Raise RunError if the models do not fit together or to the resolution. Returns the latents' shape (c, h, w)."""
     width, embedding_dim = unet.config.encoder_hid_dim, image_encoder.config.projection_dim
     pairs = {
-        "the UNet's embedding width and the image encoder's": (width, embedding_dim),
+        "the UNet's embedding width and that of --pretrained_prior_model_name_or_path": (width, embedding_dim),
         "the UNet's input channels and MoVQ's": (unet.config.in_channels, movq.config.latent_channels),
     }
     if prior:
