@@ -146,6 +146,12 @@ def parse_args(input_args=None):
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
     if args.cache_encodings and Path(args.cache_encodings).resolve().is_relative_to(Path(args.output_dir).resolve()):
         parser.error("argument --cache_encodings: must not be inside --output_dir, which is uploaded as a whole")
+    if os.path.normpath(args.logging_dir) == ".":
+        parser.error("argument --logging_dir: must name a folder of its own")
+    if os.path.normpath(os.path.join("logs", args.tracker_project_name)).split(os.sep)[0] != "logs":
+        parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the folder of logs")
+    if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # a connection error would print it
+        parser.error("argument --hub_token: contains a space, a line break or a character outside ASCII")
     return args
 
 
@@ -284,17 +290,11 @@ def embed_images(clip_pixel_values, image_encoder):
     return image_encoder(clip_pixel_values.to(image_encoder.device, image_encoder.dtype)).image_embeds
 
 
-def empty_embedding(image_encoder):
-    """CLIP's embedding of zeros, (1, embedding_dim): the prior pipeline's for no (negative) prompt."""
-    side = image_encoder.config.image_size
-    return embed_images(torch.zeros(1, 3, side, side), image_encoder)
-
-
 def training_losses(batch, unet, movq, image_encoder, empty_embeds, alphas_cumprod, prediction_type, args):
     """The loss of each example of a micro-batch, (b,). Deterministic: the batch holds all random numbers.
 
-    batch: collated examples of `preprocess_train` or `preprocess_encoded`; empty_embeds: of `empty_embedding`;
-    alphas_cumprod: ᾱ of all timesteps, (num_train_timesteps,). Only the UNet gets a gradient.
+    batch: collated examples of `preprocess_train` or `preprocess_encoded`; empty_embeds: (1, embedding_dim), in place of
+    dropped embeddings; alphas_cumprod: ᾱ of all timesteps, (num_train_timesteps,). Only the UNet gets a gradient.
     """
     if "latents" in batch:  # cached
         latents, image_embeds = batch["latents"].float(), batch["image_embeds"]
@@ -323,10 +323,7 @@ def training_losses(batch, unet, movq, image_encoder, empty_embeds, alphas_cumpr
 def check_architecture(unet, movq, image_encoder, prior, resolution):
     """Raise RunError if the models do not fit together or to the resolution. Returns the latents' shape (c, h, w)."""
     width, embedding_dim = unet.config.encoder_hid_dim, image_encoder.config.projection_dim
-    pairs = {
-        "the UNet's embedding width and that of --pretrained_prior_model_name_or_path": (width, embedding_dim),
-        "the UNet's input channels and MoVQ's": (unet.config.in_channels, movq.config.latent_channels),
-    }
+    pairs = {"the UNet's embedding width and that of --pretrained_prior_model_name_or_path": (width, embedding_dim)}
     if prior:
         tokens = "the tokenizer's tokens and the text encoder's"
         pairs[tokens] = (len(prior.tokenizer), prior.text_encoder.config.vocab_size)
@@ -353,22 +350,24 @@ def prepare_rows(accelerator, args, dataset, image_processor, movq, image_encode
 
     The third value is the empty embedding, on the device. To be called by every process.
     """
+    side = image_encoder.config.image_size
+    no_image = torch.zeros(1, 3, side, side)  # whose embedding is the prior pipeline's for an empty prompt
     if not args.cache_encodings:
         movq.to(accelerator.device)
         image_encoder.to(accelerator.device)
-        return dataset, functools.partial(preprocess_train, args, image_processor), empty_embedding(image_encoder)
+        preprocess = functools.partial(preprocess_train, args, image_processor)
+        return dataset, preprocess, embed_images(no_image, image_encoder)
     settings = [args.resolution, str(movq.dtype), image_processor.to_dict()]
     encode = functools.partial(encode_rows, args, image_processor, movq, image_encoder)
     rows = cached_encodings(accelerator, args, dataset, settings, [movq, image_encoder], encode)
     with visiting(accelerator, image_encoder):
-        return rows, functools.partial(preprocess_encoded, args), empty_embedding(image_encoder)
+        return rows, functools.partial(preprocess_encoded, args), embed_images(no_image, image_encoder)
 
 
 def log_validation(pipeline, prior, unet, accelerator, args, seed, step):
     """Generate a picture of each validation prompt. To be called by every process.
 
-    prior: `KandinskyV22PriorPipeline`. Returns the Path of the grid of pictures, or None where another process writes
-    it.
+    prior: `KandinskyV22PriorPipeline`. Returns the Path of the grid of pictures, or None on the other processes.
     """
     pipeline.unet = accelerator.unwrap_model(unet)
     pipeline.set_progress_bar_config(disable=True)
@@ -414,8 +413,8 @@ def main(args):
     check_output_dir(args, prior_path, decoder_path)
 
     # Where to start: at step 0 or at a checkpoint.
-    checkpoint, start = find_start(accelerator, args)
-    first_step, examples_seen, seed = start["step"], start["examples_seen"], start["seed"]
+    checkpoint, start, seed = find_start(accelerator, args)
+    first_step, examples_seen = start["step"], start["examples_seen"]
 
     # Models: the UNet in float32, the frozen ones in the precision of --mixed_precision.
     weights = {**hub, "use_safetensors": True, "dtype": torch.float32}
@@ -528,7 +527,7 @@ def main(args):
                 log_validation(validation_pipeline, prior, evaluated, accelerator, args, seed, step)
             if stop:
                 break
-        log.progress_bar.close()
+        log.bar.close()
         if stop:
             accelerator.end_training()
             name = signal.Signals(stop).name
@@ -583,7 +582,8 @@ def naming(what):
 def load_train_dataset(args, flags, seed):
     """Load the columns of the training split that `flags` name, images undecoded. Raises RunError."""
     source = args.dataset_name or args.train_data_dir
-    with naming(f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}"):
+    missing = "" if args.dataset_name or Path(source).is_dir() else " (no such folder)"
+    with naming(f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}{missing}"):
         if Path(source, "state.json").is_file() or Path(source, "dataset_dict.json").is_file():
             dataset = datasets.load_from_disk(source)
         elif args.dataset_name:
@@ -711,19 +711,22 @@ def cached_encodings(accelerator, args, dataset, settings, models, encode):
             sys.exit(128 + noted[0][0])
         rows[args.image_column] = threads.map(read_image, rows[args.image_column])
         encodings = encode(rows)
-        progress_bar.update(len(encodings))
+        bar.update(len(encodings))
         return {"encodings": encodings}
 
     hidden = not own or not accelerator.is_main_process
-    progress_bar = tqdm(total=sum(len(rows) for _, rows in own), desc="encoding", unit="image", disable=hidden)
+    bar = tqdm(total=sum(len(rows) for _, rows in own), desc="encoding", unit="image", disable=hidden)
     options = {"batched": True, "batch_size": args.train_batch_size, "remove_columns": dataset.column_names}
-    with visiting(accelerator, *models), noted_signals() as noted, ThreadPool() as threads, progress_bar:
+    with visiting(accelerator, *(models if own else [])), noted_signals() as noted, ThreadPool() as threads, bar:
         for path, rows in own:
             with naming(f"--cache_encodings: rows {rows.start} to {rows.stop} cannot be encoded to {path}"):
                 dataset.select(rows).map(encode_batch, cache_file_name=str(path), new_fingerprint=path.stem, **options)
     accelerator.wait_for_everyone()
-    with naming(f"--cache_encodings {args.cache_encodings}"):
-        return datasets.concatenate_datasets([datasets.Dataset.from_file(str(path)) for path, _ in chunks])
+    parts = []
+    for path, _ in chunks:
+        with naming(f"--cache_encodings {path}: delete it to encode its rows again"):
+            parts.append(datasets.Dataset.from_file(str(path)))
+    return datasets.concatenate_datasets(parts)
 
 
 def list_chunks(args, dataset, settings, models):
@@ -782,7 +785,7 @@ def list_checkpoints(output_dir):
 
 
 def find_start(accelerator, args):
-    """Where the run starts: a checkpoint and its state, or None and that of step 0. To be called by every process."""
+    """Where the run starts: a checkpoint (or None), its state and the seed. To be called by every process."""
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     found = [path for _, path in reversed(list_checkpoints(output_dir))]
     earlier_run = bool(found) or (output_dir / "model_index.json").exists()
@@ -800,7 +803,7 @@ def find_start(accelerator, args):
         raise RunError(f"{checkpoint}: --use_ema cannot be added, and --use_8bit_adam not changed, at a resume")
     if len(set(gather_object([(state["step"], str(checkpoint))]))) > 1:
         raise RunError(f"--output_dir {output_dir}: must be on a disk that all processes share")
-    return checkpoint, {**state, "seed": broadcast_object_list([state["seed"] if args.seed is None else args.seed])[0]}
+    return checkpoint, state, broadcast_object_list([state["seed"] if args.seed is None else args.seed])[0]
 
 
 def read_checkpoint(checkpoint):
@@ -822,8 +825,8 @@ def check_resume(args, checkpoint, before, run):
     changes = "".join(f", now with --{name} {now.get(name)} (was {flags.get(name)})" for name in changed)
     logger.info(f"resuming from {checkpoint}{changes}")
     for key in (key for key in run if before[key] != run[key]):
-        what = f"{checkpoint} was made with another {key.replace('_', ' ')} ({before[key]}, now {run[key]})"
-        logger.warning(f"{what}; the result will differ from that of an uninterrupted run")
+        was = f"{checkpoint} was made with another {key.replace('_', ' ')} ({before[key]}, now {run[key]})"
+        logger.warning(f"{was}; the result will differ from that of an uninterrupted run")
 
 
 def save_checkpoint(accelerator, args, name, model, ema, optimizer, state):
@@ -831,7 +834,9 @@ def save_checkpoint(accelerator, args, name, model, ema, optimizer, state):
     final = Path(args.output_dir) / f"checkpoint-{state['step']}"
     partial = final.with_name(final.name + ".partial")
     partial.mkdir(exist_ok=True)
-    with naming(f"{final} cannot be written ({shutil.disk_usage(partial).free / 1e9:.1f} GB were free)"):
+    with naming(f"{final} cannot be written (is its disk full?)"), contextlib.ExitStack() as cleanup:
+        if accelerator.is_main_process:
+            cleanup.callback(shutil.rmtree, partial, ignore_errors=True)  # what a failed save leaves
         if accelerator.distributed_type == "FSDP":
             accelerate.utils.save_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, partial)
         elif accelerator.is_main_process:
@@ -950,25 +955,22 @@ def make_accelerator(args):
         )
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and accelerator.num_processes == 1:
         raise RunError("each process would train alone: on CPUs set ACCELERATE_USE_CPU=true for the launcher")
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise RunError("--mixed_precision fp16: needs a GPU, a CPU has bf16")
     if accelerator.distributed_type in ("DEEPSPEED", "FSDP") and not accelerator.is_fsdp2:
         raise RunError("accelerate's configuration: to shard a model use FSDP with fsdp_version: 2")
     if args.report_to != "all" and not accelerator.log_with:
         raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {args.report_to}`")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
-    logger.handlers, logger.propagate = [AboveProgressBar()], False
+    above_bar = logging.Handler()
+    above_bar.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    above_bar.emit = lambda record: tqdm.write(printable(above_bar.format(record)), file=sys.stderr)
+    logger.handlers, logger.propagate = [above_bar], False
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for library in (datasets, diffusers, transformers):
         library.utils.logging.set_verbosity(max(logger.level, logging.WARNING))
         library.utils.logging.disable_progress_bar()
     return accelerator
-
-
-class AboveProgressBar(logging.Handler):
-    """Writes log lines to stderr without breaking the progress bar."""
-
-    def emit(self, record):
-        line = f"{time.strftime('%H:%M:%S')} {record.levelname} {record.getMessage()}"
-        tqdm.write(printable(line), file=sys.stderr)
 
 
 def on_main_process(accelerator, function, *arguments):
@@ -1012,9 +1014,10 @@ def ignore_stop_signals(worker):
 
 def noted_anywhere(noted, group):
     """The first signal noted by any process, or 0. group: of gloo, so that no GPU is waited for; None: one process."""
+    if group is None:
+        return noted[0][0] if noted else 0
     signum = torch.tensor(noted[0][0] if noted else 0)
-    if group is not None:
-        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group)
+    torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group)
     return int(signum)
 
 
@@ -1041,7 +1044,8 @@ def make_lr_scheduler(args, optimizer, first_step, last_step):
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step}
-    return get_scheduler(args.lr_scheduler, optimizer, **steps, last_epoch=first_step - 1)
+    with naming(f"--lr_scheduler {args.lr_scheduler}"):
+        return get_scheduler(args.lr_scheduler, optimizer, **steps, last_epoch=first_step - 1)
 
 
 def place_ema(accelerator, ema, offload=False):
@@ -1080,15 +1084,12 @@ def validate(accelerator, args, model, generate, seed, step):
     if not accelerator.is_main_process:
         return None
     path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
-    arrays = np.stack([np.asarray(image) for image in images])
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     with naming(f"{path} cannot be written"):
         path.parent.mkdir(exist_ok=True)
-        torchvision.utils.save_image(torch.from_numpy(arrays).permute(0, 3, 1, 2) / 255, path, nrow=4)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"validation": arrays}, step, dataformats="NHWC")
-        elif hasattr(tracker, "log_images"):
-            tracker.log_images({"validation": images}, step=step)
+        torchvision.utils.save_image(pixels / 255, path, nrow=4)
+    for tracker in (tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")):
+        tracker.log_images({"validation": pixels if tracker.name == "tensorboard" else images}, step=step)
     logger.info(f"validation pictures: {path}")
     return path
 
@@ -1103,8 +1104,7 @@ class UpdateLog:
         settings = {"wandb": {"settings": {"x_disable_meta": True}}}
         with naming(f"--report_to {args.report_to}"):
             accelerator.init_trackers(args.tracker_project_name, recorded_arguments(args, run["seed"]), settings)
-        bar = {"initial": first_step, "total": last_step, "unit": "step"}
-        self.progress_bar = tqdm(disable=not accelerator.is_main_process, **bar)
+        self.bar = tqdm(initial=first_step, total=last_step, unit="step", disable=not accelerator.is_main_process)
 
     def next_batch(self, batches):
         """The next micro-batch. The first one after `flush` starts the clock; the wait is logged as "data_wait"."""
@@ -1119,7 +1119,7 @@ class UpdateLog:
         if isinstance(gradient_norm, DTensor):  # FSDP
             gradient_norm = gradient_norm.full_tensor()
         self.updates.append((step, time.time(), torch.stack([losses.mean(), gradient_norm]), learning_rate))
-        self.progress_bar.update()
+        self.bar.update()
 
     def flush(self):
         """Log all updates since the last time. To be called by every process. Raises RunError if one is not finite."""
@@ -1131,10 +1131,9 @@ class UpdateLog:
             update = {"train_loss": loss, "grad_norm": norm, "lr": learning_rate, **speed}
             self.accelerator.log(update, step=step, log_kwargs={"tensorboard": {"walltime": walltime}})
             self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
-            limit = 20 if self.accelerator.scaler else 1  # fp16 skips some updates while it finds its loss scale
-            if self.nonfinite >= limit:
+            if self.nonfinite >= (20 if self.accelerator.scaler else 1):  # fp16 skips some to find its loss scale
                 raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --learning_rate")
-        self.progress_bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{speed['examples_per_second']:.1f}")
+        self.bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{speed['examples_per_second']:.1f}")
         self.updates, self.started, self.waited = [], None, 0.0
 
 
