@@ -28,6 +28,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import re
 import secrets
@@ -37,6 +38,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
@@ -113,6 +115,7 @@ def parse_args(input_args=None):
     add("--max_grad_norm", type=limit, default=1.0, help="clip the gradient to this norm; inf: do not clip")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: accelerate's configuration")
+    add("--deterministic", action="store_true", help="only deterministic kernels on GPUs: exact resumes, slower")
     add("--allow_tf32", action="store_true", help="allow TF32 matrix products on NVIDIA GPUs: faster, less precise")
     add("--compile", action="store_true", help="compile the trained model: minutes at the start, then faster steps")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="use the attention of xformers")
@@ -133,7 +136,7 @@ def parse_args(input_args=None):
     add("--validation_steps", type=count, help="updates between validations, instead of epochs")
     add("--logging_steps", type=count, default=10, help="updates between readings of the loss; all are logged")
     add("--logging_dir", default="logs", help="folder of the TensorBoard logs, inside --output_dir")
-    add("--report_to", default="tensorboard", choices=trackers, help="tracker, or all that are installed")
+    add("--report_to", default="tensorboard", choices=["none", *trackers], help="tracker, or all installed")
     add("--tracker_project_name", default="text2image-fine-tune", help="name of the project in the tracker")
 
     add = parser.add_argument_group("hub").add_argument
@@ -141,13 +144,17 @@ def parse_args(input_args=None):
     add("--hub_model_id", help="repository to upload to; default: the name of --output_dir, under your account")
     add("--hub_token", help="access token; better: `hf auth login`, which keeps it out of the shell's history")
 
-    args = parser.parse_args(input_args)
+    home = str(Path.home())  # shells expand ~ in `--flag ~/folder`, but not in `--flag=~/folder`
+    words = sys.argv[1:] if input_args is None else input_args
+    args = parser.parse_args([word.replace("=~/", f"={home}/", 1) if word[:2] == "--" else word for word in words])
     if not (args.dataset_name or args.train_data_dir):
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
     if args.cache_encodings and Path(args.cache_encodings).resolve().is_relative_to(Path(args.output_dir).resolve()):
         parser.error("argument --cache_encodings: must not be inside --output_dir, which is uploaded as a whole")
     if os.path.normpath(args.logging_dir) == ".":
         parser.error("argument --logging_dir: must name a folder of its own")
+    if os.path.normpath(os.path.join("logs", args.tracker_project_name)).split(os.sep)[0] != "logs":
+        parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the folder of logs")
     if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # a connection error would print it
         parser.error("argument --hub_token: contains a space, a line break or a character outside ASCII")
     return args
@@ -411,6 +418,7 @@ def main(args):
     prior_path, decoder_path = args.pretrained_prior_model_name_or_path, args.pretrained_decoder_model_name_or_path
     hub = {"cache_dir": args.cache_dir}
     accelerator = make_accelerator(args)
+    check_models(args)
     check_output_dir(args, prior_path, decoder_path)
 
     # Where to start: at step 0 or at a checkpoint.
@@ -448,6 +456,7 @@ def main(args):
     prediction_type = noise_scheduler.config.prediction_type
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
     check_objective(prediction_type, alphas_cumprod)
+    check_schedulers(pipeline, validation_pipeline)
 
     # Data, and the length of the run.
     dataset = load_train_dataset(args, ["image_column"], seed)
@@ -456,9 +465,7 @@ def main(args):
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     examples_left = max(0, args.num_train_epochs * len(dataset) - examples_seen)
     last_step = max(first_step, args.max_train_steps or first_step + math.ceil(examples_left / batch_size))
-    validation_period = args.validation_epochs * len(dataset)  # in examples
-    if args.validation_steps:
-        validation_period = args.validation_steps * batch_size
+    validation_period = (args.validation_steps or 0) * batch_size or args.validation_epochs * len(dataset)  # examples
     run = {"seed": seed, "batch_size": batch_size, "rows": len(dataset), "data": dataset._fingerprint}
     if checkpoint:
         check_resume(args, checkpoint, start, run)
@@ -496,7 +503,7 @@ def main(args):
     logger.info(f"{len(dataset)} images, {batch_size} per step, steps {first_step} to {last_step}, seed {seed}")
     log, stop = UpdateLog(accelerator, args, run, first_step, last_step), 0
     cpus = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    with noted_signals() as noted:
+    with contextlib.closing(batches), noted_signals() as noted:
         for step in range(first_step + 1, last_step + 1):
             losses = []
             for _ in range(args.gradient_accumulation_steps):
@@ -569,7 +576,7 @@ def naming(what):
     """Re-raise any exception as a RunError: `what` (str), and one line of the exception and of its root cause."""
     try:
         yield
-    except RunError:
+    except (RunError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # libraries raise exceptions of all kinds, and wrap the informative one
         root = error
@@ -583,8 +590,9 @@ def naming(what):
 def load_train_dataset(args, flags, seed):
     """Load the columns of the training split that `flags` name, images undecoded. Raises RunError."""
     source = args.dataset_name or args.train_data_dir
-    missing = "" if args.dataset_name or Path(source).is_dir() else " (no such folder)"
-    with naming(f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}{missing}"):
+    if not args.dataset_name and not Path(source).is_dir():
+        raise RunError(f"--train_data_dir {source}: there is no such folder")
+    with naming(f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}"):
         if Path(source, "state.json").is_file() or Path(source, "dataset_dict.json").is_file():
             dataset = datasets.load_from_disk(source)
         elif args.dataset_name:
@@ -685,6 +693,11 @@ def make_batches(accelerator, args, stream, positions):
     if workers is None:  # one per core, but none where the CPU trains
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = 0 if on_cpu else max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+        if workers and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").total < 2**30:
+            logger.warning(
+                "--dataloader_num_workers 0, since /dev/shm is small; a container gets more by --shm-size=8g"
+            )
+            workers = 0
     dataloader = torch.utils.data.DataLoader(
         stream,
         sampler=positions,
@@ -706,22 +719,31 @@ def cached_encodings(accelerator, args, dataset, settings, models, encode):
     chunks = on_main_process(accelerator, list_chunks, args, dataset, settings, models)
     own = [chunk for chunk in chunks if not chunk[0].exists()][accelerator.process_index :: accelerator.num_processes]
 
-    def encode_batch(rows):
+    def read(image, row):
+        try:
+            return read_image(image)
+        except RunError as error:
+            raise RunError(f"row {row}: {error}") from error
+
+    def encode_batch(rows, indices, first_row):
         if noted:
             logger.warning(f"stopped by {signal.Signals(noted[0][0]).name} while encoding; the same command resumes")
             sys.exit(128 + noted[0][0])
-        rows[args.image_column] = threads.map(read_image, rows[args.image_column])
+        images = zip(rows[args.image_column], (first_row + index for index in indices), strict=True)
+        rows[args.image_column] = threads.starmap(read, images)
         encodings = encode(rows)
         bar.update(len(encodings))
         return {"encodings": encodings}
 
     hidden = not own or not accelerator.is_main_process
     bar = tqdm(total=sum(len(rows) for _, rows in own), desc="encoding", unit="image", disable=hidden)
-    options = {"batched": True, "batch_size": args.train_batch_size, "remove_columns": dataset.column_names}
+    options = {"batched": True, "batch_size": args.train_batch_size, "with_indices": True}
+    options["remove_columns"] = dataset.column_names
     with visiting(accelerator, *(models if own else [])), noted_signals() as noted, ThreadPool() as threads, bar:
         for path, rows in own:
             with naming(f"--cache_encodings: rows {rows.start} to {rows.stop} cannot be encoded to {path}"):
-                dataset.select(rows).map(encode_batch, cache_file_name=str(path), new_fingerprint=path.stem, **options)
+                options |= {"new_fingerprint": path.stem, "fn_kwargs": {"first_row": rows.start}}
+                dataset.select(rows).map(encode_batch, cache_file_name=str(path), **options)
     accelerator.wait_for_everyone()
     parts = []
     for path, _ in chunks:
@@ -816,7 +838,11 @@ def read_checkpoint(checkpoint):
                 raise ValueError(f"{name} is not {size} bytes long")
         return state
     except (OSError, ValueError, KeyError) as error:
-        logger.warning(f"{checkpoint}: not a complete checkpoint of this script: {error}")
+        foreign = (checkpoint / "random_states_0.pkl").exists()
+        hint = (
+            "; it is of the diffusers script: take its weights as part of a pipeline to start from" if foreign else ""
+        )
+        logger.warning(f"{checkpoint}: not a complete checkpoint of this script: {error}{hint}")
 
 
 def check_resume(args, checkpoint, before, run):
@@ -876,11 +902,18 @@ def load_optimizer(accelerator, model, optimizer, checkpoint):
             accelerator.scaler.load_state_dict(torch.load(checkpoint / "scaler.pt", weights_only=True))
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
+    for parameter, state in optimizer.state.items():  # fused AdamW pairs elements by their order in memory
+        for name in state.keys() & {"exp_avg", "exp_avg_sq"}:
+            state[name] = torch.empty_like(parameter).copy_(state[name])
 
 
 def flush_to_disk(*paths):
-    """Wait until files, and the names in folders, are on disk."""
+    """Wait until files, and the names in folders, are on disk. Files get the mode of the umask, also safetensors."""
+    umask = os.umask(0)
+    os.umask(umask)
     for path in paths:
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
         with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
             descriptor = os.open(path, os.O_RDONLY)  # Windows and some network disks refuse folders
             os.fsync(descriptor)
@@ -919,11 +952,27 @@ def check_output_dir(args, *models):
         "is the model to start from": folder in [Path(model).resolve() for model in models],
         "holds the training images": Path(args.train_data_dir or "/").resolve().is_relative_to(folder),
         "has a README.md of something else": (folder / "README.md").exists() > (folder / "model_index.json").exists(),
+        f"--logging_dir {args.logging_dir} is a file": (folder / args.logging_dir).is_file(),
         f"no permission to write to {existing}": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
     }
     for problem, found in problems.items():
         if found:
             raise RunError(f"--output_dir {args.output_dir}: {problem}; name another folder")
+
+
+def check_models(args):
+    """Raise RunError if a pipeline to start from is a file, or a local folder that is missing or lacks full weights."""
+    for flag, path in ((flag, path) for flag, path in vars(args).items() if flag.startswith("pretrained")):
+        if Path(path).is_file():
+            convert = f"StableDiffusionPipeline.from_single_file({path!r}).save_pretrained(folder)"
+            raise RunError(f"--{flag} {path}: is a single file; convert it to a folder by diffusers' {convert}")
+        if path.startswith(("/", ".")) and not Path(path).is_dir():
+            raise RunError(f"--{flag} {path}: there is no such folder")
+        for part in Path(path).glob("*/config.json"):
+            variants = {file.stem.partition(".")[2] for file in part.parent.glob("*.safetensors")}  # "" without one
+            if variants and (getattr(args, "variant", None) or "") not in variants:
+                hint = "--variant" if "variant" in args else "a pipeline without variants"
+                raise RunError(f"--{flag} {path}: {part.parent.name}/ has only variant {min(variants)}; give {hint}")
 
 
 def prepare_output_dir(args, first_step, last_step):
@@ -949,7 +998,7 @@ def make_accelerator(args):
         accelerator = accelerate.Accelerator(
             gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
-            log_with=args.report_to,
+            log_with=None if args.report_to == "none" else args.report_to,
             project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
             dataloader_config=accelerate.DataLoaderConfiguration(non_blocking=True),
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # one encodes, the others wait
@@ -960,9 +1009,12 @@ def make_accelerator(args):
         raise RunError("--mixed_precision fp16: needs a GPU, a CPU has bf16")
     if accelerator.distributed_type in ("DEEPSPEED", "FSDP") and not accelerator.is_fsdp2:
         raise RunError("accelerate's configuration: to shard a model use FSDP with fsdp_version: 2")
-    if args.report_to != "all" and not accelerator.log_with:
+    if args.report_to not in ("all", "none") and not accelerator.log_with:
         raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {args.report_to}`")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     above_bar = logging.Handler()
     above_bar.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     above_bar.emit = lambda record: tqdm.write(printable(above_bar.format(record)), file=sys.stderr)
@@ -971,6 +1023,8 @@ def make_accelerator(args):
     for library in (datasets, diffusers, transformers):
         library.utils.logging.set_verbosity(max(logger.level, logging.WARNING))
         library.utils.logging.disable_progress_bar()
+    if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys() and "RANK" not in os.environ:
+        raise RunError("accelerate launch: this process would train alone; add --multi_gpu, or on CPUs use torchrun")
     return accelerator
 
 
@@ -996,6 +1050,7 @@ def noted_signals():
     def note(signum, _):
         noted.append((signum, time.monotonic()))
         if noted[-1][1] - noted[0][1] > 1:  # before, a launcher passes on what a terminal has sent to all
+            end_workers()
             os._exit(128 + signum)
 
     in_main_thread = threading.current_thread() is threading.main_thread()  # only it may set handlers
@@ -1011,6 +1066,14 @@ def ignore_stop_signals(worker):
     """Leave stop signals to the main process: schedulers send them to all, and it still needs its data workers."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+
+
+def end_workers():
+    """Kill the data workers: they ignore stop signals, and multiprocessing would wait for them for ever at exit."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each worker that is killed
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def noted_anywhere(noted, group):
@@ -1067,6 +1130,13 @@ def update_ema(ema, model, step):
 
 
 # Validation, logs and Hub ---------------------------------------------------------------------------------------------
+def check_schedulers(*pipelines):
+    """Raise RunError unless the pipelines sample from a noise schedule of DDPM's kind, as flow matching does not."""
+    for pipeline in filter(None, pipelines):
+        if not hasattr(pipeline.scheduler, "alphas_cumprod"):
+            raise RunError(f"{type(pipeline.scheduler).__name__}: pipelines with this scheduler are not supported")
+
+
 def validate(accelerator, args, model, generate, seed, step):
     """Generate every validation prompt from its own fixed noise. Returns the Path of the grid on the main process."""
     training, images = model.training, []
@@ -1099,6 +1169,8 @@ class UpdateLog:
     """Starts the trackers and logs every update, but reads loss and gradient norm from the device only in `flush`."""
 
     def __init__(self, accelerator, args, run, first_step, last_step):
+        if first_step == last_step:
+            logger.info(f"no update is left after step {first_step}: only the result is saved")
         self.accelerator, self.batch_size = accelerator, run["batch_size"]
         self.updates, self.nonfinite, self.started, self.waited = [], 0, None, 0.0
         # Without this setting W&B keeps the command line, and an access token in it.
@@ -1182,19 +1254,38 @@ def push_to_hub(args, repo_id):
     options = {"repo_id": repo_id, "folder_path": args.output_dir, "ignore_patterns": ignored}
     for pause in (10, 60, None):  # seconds; the Hub may be unavailable at the end of days of training
         try:
-            with naming(f"--push_to_hub; upload it by: {command}"):
+            with naming("--push_to_hub"):
                 return HfApi(token=args.hub_token).upload_folder(**options)
         except RunError as error:
             if pause is None:
-                raise
+                raise RunError(f"{error}; the result is in {args.output_dir}, upload it by: {command}") from error
             logger.warning(f"{error}; trying again in {pause} s")
             time.sleep(pause)
+
+
+def memory_error(args, error):
+    """One line about an exception that means a lack of memory on the device, on the host or in /dev/shm; else None."""
+    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
+        less = "fewer of --dataloader_num_workers take less; a container's /dev/shm grows by --shm-size=8g"
+        return f"a data worker has ended, for lack of memory or shared memory? {less}"
+    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        return None
+    calls = [call.name for call in traceback.extract_tb(error.__traceback__) if call.filename == __file__]
+    flags = ("gradient_checkpointing", "mixed_precision", "use_8bit_adam", "cache_encodings", "offload_ema")
+    less = ", ".join(f"--{flag}" for flag in flags if flag in args)
+    size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"
+    return f"out of memory in {calls[-1]}, with {size}; these take less: a smaller batch, {less}"
 
 
 if __name__ == "__main__":
     try:
         main(command_line)
-    except RunError as error:
+    except Exception as error:
         line = str(error).rpartition("RunError: ")[2].strip()  # a data worker puts a traceback before it
+        line = line if isinstance(error, RunError) else memory_error(command_line, error)
+        if not line:
+            raise
         tqdm.write(f"error: {printable(line)}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        end_workers()
