@@ -52,6 +52,9 @@ INTENDED_FLAGS = {
     "mixed_precision": "accelerate has a configuration of its own to default to, JAX has none",
     "report_to": "accelerate knows more trackers",
     "dataloader_num_workers": "JAX reads in threads by default, PyTorch in processes",
+    "cache_encodings": "what the frozen encoders return differs",
+    "pretrained_prior_model_name_or_path": "one of the halves is trained, the other validates",
+    "pretrained_decoder_model_name_or_path": "one of the halves is trained, the other validates",
 }
 # Flags that are accepted and not needed.
 WITHOUT_EFFECT = {"local_rank", "foreach_ema", "from_pt"}

@@ -228,6 +228,7 @@ def test_a_second_signal_ends_a_run_at_once(script, whole, tmp_path):
     with Process(script, flags, tmp_path / "stderr", slow=True, FAULTS_PAUSE="3") as process:
         send_in_loop(process, signal.SIGTERM)
         process.until(lambda: process.names("partial"))
+        time.sleep(1.5)  # within a second it is taken for the first, which launchers pass on
         sent = time.monotonic()
         os.kill(process.popen.pid, signal.SIGTERM)
         assert process.wait(seconds=20) == 128 + signal.SIGTERM

@@ -349,7 +349,7 @@ def test_a_missing_other_half_is_an_error_at_step_0_with_prompts(script, flags):
     folder = flags["output_dir"].with_name("half")
     shutil.copytree(flags[other], folder)
     shutil.rmtree(folder / {PRIOR: "movq", DECODER: "text_encoder"}[script])
-    with pytest.raises(importlib.import_module(script).RunError, match="the folder has no"):
+    with pytest.raises(importlib.import_module(script).RunError, match=f"--{other} .*no file named"):
         run({**flags, other: folder, "validation_prompts": ["red dots"]}, script)
     assert not flags["output_dir"].exists()
 
@@ -376,7 +376,7 @@ def test_halves_that_do_not_fit(script, flags, tmp_path):
     """The trained half is checked always, the other with prompts, before anything is written."""
     tiny.make_kandinsky_decoder(tmp_path / "wide", embedding_dim=24)
     flags |= {BASE[DECODER]: tmp_path / "wide", "validation_prompts": ["red dots"]}
-    with pytest.raises(importlib.import_module(script).RunError, match="width 24, and the prior.* makes 16"):
+    with pytest.raises(importlib.import_module(script).RunError, match="embedding width.*(16, 24|24, 16)"):
         run(flags, script)
     assert not flags["output_dir"].exists()
 
@@ -386,7 +386,7 @@ def test_a_prior_without_its_vocabulary_is_found_before_the_decoder_trains(flags
     for path in (tmp_path / "prior" / "tokenizer").iterdir():
         if path.name != "tokenizer_config.json":
             path.unlink()
-    with pytest.raises(importlib.import_module(DECODER).RunError, match="is tokenizer/ complete?"):
+    with pytest.raises(importlib.import_module(DECODER).RunError, match="tokenizer's tokens"):
         run({**flags, BASE[PRIOR]: tmp_path / "prior", "validation_prompts": ["red dots"]}, DECODER)
 
 

@@ -308,15 +308,16 @@ def test_a_checkpoint_goes_on_with_as_many_and_with_another_number_of_processes(
 
 @pytest.mark.parametrize("script", [STABLE_DIFFUSION, PRIOR, DECODER])
 def test_prompts_are_shared_out_and_the_picture_is_that_of_one_process(script, both_ways, inputs, tmp_path):
-    """3 prompts on 2 processes: each draws two, the last for nothing, so that all can take part in every drawing.
+    """3 prompts on 2 processes: each draws two, one of them for nothing, so that all take part in every drawing.
 
     Compared is the picture of the result with what one process draws that goes on from the last checkpoint, and so has
     nothing left to train: the prior's magnifies differences of 1e-7 between weights to 9 of 255.
     """
-    runs, (red, green, blue) = both_ways(script), PROMPTS
+    runs = both_ways(script)
     seed = faults.state_of_run(runs["two"] / "checkpoint-4")["seed"]
     drawn = [[what for event, what in noted(runs, script, process) if event == "draw"] for process in range(2)]
-    assert drawn == [[red, blue] * 2, [green, red] * 2]
+    assert [len(prompts) for prompts in drawn] == [2 * 2] * 2
+    assert {*drawn[0], *drawn[1]} == set(PROMPTS)
     shutil.copytree(runs["two"] / "checkpoint-4", tmp_path / "drawn" / "checkpoint-4")
     resumed = {"resume_from_checkpoint": "latest", "output_dir": tmp_path / "drawn", "seed": seed}
     run({**flags_of(inputs, script), **ONE, **resumed, "validation_prompts": PROMPTS}, script)
