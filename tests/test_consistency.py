@@ -43,8 +43,6 @@ OWN = {
 INTENDED_FLAGS = {
     "proportion_empty_prompts": "the decoder has no captions",
     "resolution": "the prior never sees pixels at it: its image processor decides",
-    "pretrained_prior_model_name_or_path": "the prior is what one script trains",
-    "pretrained_decoder_model_name_or_path": "the decoder is what the other one trains",
     "output_dir": "the upstream scripts' defaults",
     "train_batch_size": "the upstream scripts' defaults",
     "adam_weight_decay": "the upstream scripts' defaults",
