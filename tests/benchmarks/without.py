@@ -10,7 +10,7 @@ import re
 import sys
 from pathlib import Path
 
-# Each with the script's function that it stands in. seldom-reading stands in the loop, and has a flag's default.
+# Each with the script's function that it stands in, or one that shows that the script has it.
 LEVERS = {
     "fused-adamw": "make_optimizer",
     "one-pass-average": "update_ema",
@@ -37,7 +37,8 @@ def switch_off(module, levers):
     if "one-pass-average" in levers:
         module.update_ema = update_by_tensor
     if "channels-last" in levers:
-        module.to_device = lambda accelerator, model, trained=False: model.to(accelerator.device)
+        move = torch.nn.Module.to
+        torch.nn.Module.to = lambda model, *to, memory_format=None, **named: move(model, *to, **named)
     if "byte-pixels" in levers:
         as_bytes = module.train_transforms
         module.train_transforms = lambda *arguments: as_bytes(*arguments).astype(np.float32)
