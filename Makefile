@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-flax test faults benchmark lint clean
+.PHONY: demo demo-flax test faults benchmark lint sync clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python tests/demo.py --output_dir demo-output
@@ -19,12 +19,15 @@ faults: $(VENV)/installed-tests
 
 # Against what the mirrored script does, or by hand against its real file: see tests/benchmarks/README.md.
 benchmark: $(VENV)/installed-tests
-	$(VENV)/bin/python tests/benchmarks/benchmark.py --size small --use_ema --levers plain workers cache alone \
-		--versus tests/benchmarks/recipe.py
+	$(VENV)/bin/python tests/benchmarks/benchmark.py --size small --use_ema \
+		--levers plain workers cache memory-returned alone --versus tests/benchmarks/recipe.py
 
 lint: $(VENV)/bin/ruff
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+
+sync:
+	$(PYTHON) tests/sync.py
 
 clean:
 	rm -rf $(VENV) demo-output demo-output-flax

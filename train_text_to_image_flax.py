@@ -100,7 +100,7 @@ def parse_args(input_args=None):
     add("--image_interpolation_mode", default="lanczos", choices=interpolations, help="filter for resizing images")
     add("--proportion_empty_prompts", type=probability, default=0, help="probability of an empty caption, for guidance")
     add("--dataloader_num_workers", type=natural, help="threads that read images; default: 1 on a CPU, else up to 16")
-    add("--cache_encodings", help="folder for cached latents and text embeddings, computed once before training")
+    add("--cache_encodings", help="folder for cached outputs of the frozen encoders, computed once before training")
     add("--skip_bad_images", action="store_true", help="read all images before training and skip unreadable ones")
 
     add = parser.add_argument_group("objective").add_argument
@@ -597,9 +597,9 @@ def main(args):
         if start.get("architecture") != run["architecture"]:
             raise RunError(f"--resume_from_checkpoint {checkpoint}: is of another script or architecture")
         check_resume(args, checkpoint, start, run)
-    validation_period = (
-        batch_size * (args.validation_steps or 0) or len(dataset) * args.validation_epochs
-    )  # in examples
+    validation_period = args.validation_epochs * len(dataset)  # in examples
+    if args.validation_steps:
+        validation_period = args.validation_steps * batch_size
 
     # Training state on the devices: weights, optimizer state, average.
     transform = make_optimizer_transform(args)
@@ -670,9 +670,8 @@ def main(args):
                 break
         checkpoints.finish()
         if stop:
-            name = signal.Signals(stop).name
             logger.warning(
-                f"stopped by {name} after step {step}; the same command with --resume_from_checkpoint resumes"
+                f"stopped by {signal.Signals(stop).name} after step {step}; --resume_from_checkpoint resumes"
             )
             sys.exit(128 + stop)
 
@@ -1781,8 +1780,9 @@ def prepare_output_dir(args, first_step, last_step):
     output_dir = Path(args.output_dir)
     with naming(f"--output_dir {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
-        for folder in output_dir.glob("checkpoint-*.*"):  # partial ones, and Orbax's temporary folders
-            shutil.rmtree(folder)
+        for pattern in ("checkpoint-*.partial", "checkpoint-*.orbax-checkpoint-tmp*"):
+            for folder in output_dir.glob(pattern):
+                shutil.rmtree(folder)
         for step, folder in list_checkpoints(output_dir):
             if first_step < step and first_step < last_step:
                 aside = folder.rename(output_dir / f"set-aside-{time.time():.0f}-{folder.name}")
@@ -2063,8 +2063,7 @@ class UpdateLog:
                 self.wandb.log(update, step=step)
             loss, norm = update["train_loss"], update["grad_norm"]
             self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
-            # fp16 skips such updates while it searches for its loss scale
-            if self.nonfinite >= (20 if self.args.mixed_precision == "fp16" else 1):
+            if self.nonfinite >= (20 if self.args.mixed_precision == "fp16" else 1):  # it searches for its loss scale
                 raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --learning_rate")
         # The thread that writes dies of a full disk. Closing the log would wait for it for ever.
         if self.tensorboard and not self.tensorboard.file_writer.event_writer._worker.is_alive():

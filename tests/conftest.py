@@ -77,6 +77,11 @@ def caption_lists_folder(tmp_path_factory):
 def fresh_accelerate_state():
     """accelerate keeps its state per process; every run of a script in this process starts without it."""
     yield
+    reset_accelerate()
+
+
+def reset_accelerate():
+    """For a further run of a script in the same test."""
     if state := sys.modules.get("accelerate.state"):
         state.AcceleratorState._reset_state(reset_partial_state=True)
         state.GradientState._reset_state()
@@ -95,6 +100,17 @@ def flags(pipeline_folder, images_folder, tmp_path):
         "seed": 0,
         "output_dir": tmp_path / "output",
     }
+
+
+# python -c IMPATIENT SCRIPT FLAGS: runs a script that does not wait long for anything.
+IMPATIENT = """
+import runpy, sys, time
+
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.1))
+del sys.argv[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def command_line(flags):

@@ -27,6 +27,7 @@ import shapes
 import torch
 import transformers
 from diffusers import StableDiffusionPipeline
+from freed_memory import KEEP_FREED_MEMORY
 from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -198,7 +199,7 @@ def main(args):
         f"pipeline itself drew of the shapes that it knows.\n{shlex.join(command)}",
         flush=True,
     )
-    result = subprocess.run(command, cwd=ROOT)
+    result = subprocess.run(command, cwd=ROOT, env={**os.environ, **KEEP_FREED_MEMORY})
     if result.returncode:
         sys.exit(f"demo: {args.script} ended with exit status {result.returncode}")
 

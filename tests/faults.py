@@ -12,13 +12,14 @@ runs a script as its command line would, with pauses around what it writes, so t
 """
 
 import argparse
-import ast
 import functools
 import importlib
+import json
 import math
 import os
 import random
 import re
+import runpy
 import shutil
 import signal
 import socket
@@ -47,45 +48,53 @@ PLACES = {
 # The launcher ---------------------------------------------------------------------------------------------------------
 
 
-def slowly(function, pause=PAUSE):
-    """The function itself, with a pause before and behind it."""
+def slowly(function, pause=PAUSE, condition=lambda *args: True):
+    """The function itself, with a pause before and behind it where the condition holds of its arguments."""
 
     @functools.wraps(function)
     def slow(*args, **kwargs):
-        time.sleep(pause)
+        seconds = pause if condition(*args) else 0
+        time.sleep(seconds)
         result = function(*args, **kwargs)
-        time.sleep(pause)
+        time.sleep(seconds)
         return result
 
     return slow
 
 
-def slow_down(module):
+def slow_down(script):
     """Put pauses around all that a script does to write and to remove checkpoints, to write its result, and, shorter
-    ones, between updates, so that a run of the tiny models is not over before it can be hit."""
-    places = [(module, "flush_to_disk"), (module, "remove_checkpoint")]
-    if hasattr(module, "ocp"):
-        places += [(module, "write_weights"), (module.ocp.StandardCheckpointer, "wait_until_finished")]
+    ones, between updates, so that a run of the tiny models is not over before it can be hit.
+
+    Slowed are the entry points of libraries and of Python itself, whatever functions of the script call them.
+    """
+    import tqdm.std
+
+    places = [(Path, "rename", PAUSE), (shutil, "rmtree", PAUSE), (os, "fsync", PAUSE / 20)]
+    places += [(os, "unlink", PAUSE / 10)]  # by which shutil.rmtree removes file after file
+    if script.endswith("flax"):
+        import orbax.checkpoint as ocp
+        import safetensors.numpy
+
+        places += [(ocp.CheckpointManager, "wait_until_finished", PAUSE)]
+        places += [(ocp.StandardCheckpointer, "wait_until_finished", PAUSE), (safetensors.numpy, "save_file", PAUSE)]
     else:
-        places += [(module.Accelerator, "save_state"), (module.diffusers.ModelMixin, "save_pretrained")]
-    for owner, name in places:
-        setattr(owner, name, slowly(getattr(owner, name)))
-    log = getattr(module, "UpdateLog", None) or module.StepLog
-    log.add = slowly(log.add, 0.05)
-    os.unlink = slowly(os.unlink, PAUSE / 10)  # by which shutil.rmtree removes file after file
+        import diffusers
+        import torch
+
+        places += [(torch, "save", PAUSE), (diffusers.ModelMixin, "save_pretrained", PAUSE)]
+    for owner, name, pause in places:
+        setattr(owner, name, slowly(getattr(owner, name), pause))
+    of_updates = lambda bar, *_: getattr(bar, "unit", "") == "step"  # noqa: E731  a hidden bar has none
+    tqdm.std.tqdm.update = slowly(tqdm.std.tqdm.update, 0.05, of_updates)
 
 
 def run_slowly(script, words):
-    """Import a script, slow it down, and do what stands under its two `if __name__ == "__main__"`."""
-    sys.path.insert(0, str(ROOT))
+    """Run a script as its command line would, slowed down."""
+    slow_down(script)
     path = ROOT / f"{script}.py"
     sys.argv = [str(path), *words]
-    module = importlib.import_module(script)
-    module.command_line = module.parse_args()
-    slow_down(module)
-    last = ast.parse(path.read_text()).body[-1]
-    assert ast.unparse(last).startswith("if __name__ == '__main__':")
-    exec(compile(ast.Module(last.body, []), str(path), "exec"), vars(module))
+    runpy.run_path(str(path), run_name="__main__")
 
 
 # Runs -----------------------------------------------------------------------------------------------------------------
@@ -150,10 +159,13 @@ class Process:
         """The last update that its progress bar has shown, 0 before."""
         return max((int(step) for step in re.findall(r"(\d+)/\d+ \[[^\]\n]*step", self.said())), default=0)
 
-    def names(self, suffix):
-        """The checkpoints in output_dir that are "partial" or "removed", as the numbers of their steps."""
-        names = (path.name for path in self.output_dir.glob(f"checkpoint-*.{suffix}"))
-        return [int(re.search(r"\d+", name)[0]) for name in names]
+    def names(self, kind):
+        """The steps of half checkpoints in output_dir: "partial", or "removed" if a newer one stands beside it."""
+        names = [path.name for path in self.output_dir.glob("checkpoint*")]
+        whole = [int(name.removeprefix("checkpoint-")) for name in names if re.fullmatch(r"checkpoint-\d+", name)]
+        halves = [re.match(r"checkpoint.(\d+)\.(?:partial|removed|orbax-checkpoint-tmp)", name) for name in names]
+        steps = [int(match[1]) for match in halves if match]
+        return [step for step in steps if (step < max(whole, default=0)) == (kind == "removed")]
 
     def until(self, condition, seconds=180):
         """Wait until the condition holds. Returns False if the process ends before; an error or a hang is one here."""
@@ -215,18 +227,26 @@ def place_of(process, trained):
     """Where a process was killed, by what it has left behind. What an earlier one left, it removes before its loop."""
     if not process.in_loop():
         return "start"
-    for suffix, place in (("partial", "save"), ("removed", "prune")):
-        if process.names(suffix):
+    for kind, place in (("partial", "save"), ("removed", "prune")):
+        if process.names(kind):
             return place
     return "result" if (process.output_dir / trained).is_dir() else "training"
 
 
+def state_of_run(checkpoint):
+    """What the JSON file of a checkpoint says: "step", "seed", "files" and others."""
+    return json.loads((checkpoint / "training_state.json").read_text())
+
+
 def check_checkpoints(script, output_dir):
-    """Let the script read all checkpoints: it raises its RunError for one that is not whole. Returns their steps."""
-    module = importlib.import_module(script)
-    checkpoints = module.list_checkpoints(output_dir)
+    """Every checkpoint that the script would find is whole: the files it lists have their sizes. Returns the steps."""
+    checkpoints = importlib.import_module(script).list_checkpoints(output_dir)
     for step, path in checkpoints:
-        assert module.read_checkpoint(path)["step"] == step
+        state = state_of_run(path)
+        assert state["step"] == step
+        assert state["files"]
+        for name, size in state["files"].items():
+            assert (path / name).stat().st_size == size, f"{path / name}"
     return [step for step, _ in checkpoints]
 
 
@@ -273,13 +293,13 @@ def tensors_in(folder):
         moments = torch.load(folder / "optimizer.bin", weights_only=True)["state"]
         for index, state in moments.items():
             tensors |= {f"optimizer {index} {name}": torch.as_tensor(value).numpy() for name, value in state.items()}
-    if (folder / "train_state").exists():
+    for metadata in folder.rglob("_METADATA"):  # Orbax's, of the arrays that JAX trains
         import jax
         import numpy as np
         import orbax.checkpoint as ocp
 
         with ocp.StandardCheckpointer() as reader:
-            tree = reader.restore(folder / "train_state")
+            tree = reader.restore(metadata.parent)
         leaves = jax.tree_util.tree_leaves_with_path(tree)
         tensors |= {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
     return tensors

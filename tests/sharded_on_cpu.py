@@ -1,6 +1,6 @@
-"""Runs a script on CPUs with FSDP or DeepSpeed: accelerate launch --config_file FILE sharded_on_cpu.py SCRIPT FLAGS.
+"""Runs a script on CPUs with FSDP: accelerate launch --config_file FILE sharded_on_cpu.py SCRIPT FLAGS.
 
-FSDP2 and ZeRO work with gloo. accelerate reads its configuration, but takes it up only where there are GPUs.
+FSDP2 works with gloo. accelerate reads its configuration, but takes it up only where there are GPUs.
 """
 
 import os
@@ -23,13 +23,7 @@ def initialise_with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
         self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
-if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # faster than gloo, and compiled for minutes
-    PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_CPU)
-else:
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    AcceleratorState.__init__ = initialise_with_fsdp
+os.environ["ACCELERATE_USE_CPU"] = "true"
+AcceleratorState.__init__ = initialise_with_fsdp
 del sys.argv[0]
 runpy.run_path(sys.argv[0], run_name="__main__")

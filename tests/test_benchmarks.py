@@ -170,8 +170,6 @@ def test_stable_diffusion_fits_the_cards_it_is_for():
     peak = memory.peak_bytes("sd15", **memory.RUNS[flags])
     assert 10 * parameters < peak < 16 * 2**30 * 7 / 8
     assert memory.peak_bytes("sd15", 2, **memory.RUNS[flags]) > peak
-    flags += " --optimizer_in_backward --max_grad_norm=inf"
-    assert 6 * parameters < memory.peak_bytes("sd15", **memory.RUNS[flags]) < peak - 2**30  # a part is another peak's
 
 
 def test_the_small_size_takes_as_long_to_encode_as_to_train():
@@ -325,7 +323,7 @@ def test_bad_input_is_one_line(words, said, capsys):
 
 
 def test_levers_without_a_flag_are_those_of_the_scripts():
-    every = {*without.LEVERS, *without.OTHERS}
+    every = set(without.LEVERS)
     assert set(without.levers_of(ROOT / "train_text_to_image.py")) == every
     for kandinsky in ("prior", "decoder"):  # whose pixels other functions make
         assert set(without.levers_of(ROOT / f"train_text_to_image_{kandinsky}.py")) == every - {"byte-pixels"}

@@ -3,10 +3,10 @@
 import importlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -17,13 +17,12 @@ from conftest import ROOT, command_line, launch, run
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 
-from train_text_to_image import RunError, parse_args
+from train_text_to_image import RunError, parse_args, permutation
 
 ALL_FLAGS = json.loads((ROOT / "tests" / "upstream_flags.json").read_text())
 UPSTREAM = ALL_FLAGS["train_text_to_image.py"]
 NEW = {"--proportion_empty_prompts", "--validation_steps", "--logging_steps"}
-NEW |= {"--check_data", "--skip_bad_images", "--max_nonfinite_steps", "--cache_encodings", "--compile"}
-NEW |= {"--half_precision_norms", "--optimizer_in_backward"}
+NEW |= {"--skip_bad_images", "--cache_encodings", "--compile"}
 FASTER = {"--dataloader_num_workers"}  # with another default than upstream's, which changes the speed alone
 REQUIRED = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "images"]
 
@@ -90,14 +89,14 @@ def test_help_and_a_wrong_flag_are_answered_before_the_libraries_are_imported(sc
     result = launch({"help": True}, bare, script)
     assert (result.returncode, result.stderr) == (0, "")
     assert "--output_dir" in result.stdout
-    for wrong, message in [({"no_such_flag": True}, "unrecognized arguments"), ({"seed": -1}, "must not be negative")]:
+    for wrong, message in [({"no_such_flag": True}, "unrecognized arguments"), ({"seed": -1}, "argument --seed: ")]:
         result = launch({**right, **wrong}, bare, script)
         assert result.returncode == 2
         usage, line = result.stderr.splitlines()
         assert message in line
     result = launch(right, bare, script)
     assert result.returncode == 1
-    assert "ModuleNotFoundError: No module named 'datasets'" in result.stderr
+    assert "ModuleNotFoundError: No module named " in result.stderr
 
 
 @pytest.mark.parametrize("script", [name.removesuffix(".py") for name in ALL_FLAGS if "flax" not in name])
@@ -107,10 +106,10 @@ def test_the_trackers_are_those_of_accelerate(script, capsys):
     assert "--report_to {" + ",".join(LoggerType.list()) + "}" in capsys.readouterr().out
 
 
-def test_a_tracker_that_another_accelerate_does_not_know(flags, monkeypatch):
-    monkeypatch.setattr("train_text_to_image.LoggerType", SimpleNamespace(list=lambda: ["all", "tensorboard"]))
-    with pytest.raises(RunError, match="--report_to swanlab: this accelerate knows only all, tensorboard"):
-        run({**flags, "report_to": "swanlab"})
+def test_a_tracker_that_is_not_installed(flags, monkeypatch):
+    monkeypatch.setitem(sys.modules, "aim", None)
+    with pytest.raises(RunError, match="--report_to aim: .*pip install aim"):
+        run({**flags, "report_to": "aim"})
     assert not flags["output_dir"].exists()
 
 
@@ -129,31 +128,29 @@ def test_schedules(schedule):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        *[(f"--{name} {value}", f"--{name}: must be larger than 0, not {value}")
+        *[(f"--{name} {value}", f"argument --{name}: .*{value}")
           for name in ("resolution", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs",
                        "max_train_steps", "max_train_samples", "checkpointing_steps", "checkpoints_total_limit",
-                       "validation_epochs", "validation_steps", "logging_steps", "max_nonfinite_steps")
+                       "validation_epochs", "validation_steps", "logging_steps", "learning_rate", "max_grad_norm",
+                       "snr_gamma")
           for value in (0, -1)],
-        ("--learning_rate 0", "--learning_rate: must be larger than 0"),
-        ("--learning_rate nan", "--learning_rate: must be larger than 0"),
-        ("--learning_rate inf", "--learning_rate: must be larger than 0"),
-        ("--logging_dir .", "--logging_dir: must name a folder of its own"),
-        ("--max_grad_norm -1", "--max_grad_norm: must be larger than 0"),
-        ("--snr_gamma 0", "--snr_gamma: must be larger than 0"),
-        ("--noise_offset -0.1", "--noise_offset: must not be negative"),
-        ("--lr_warmup_steps -1", "--lr_warmup_steps: must not be negative"),
-        ("--dataloader_num_workers -1", "--dataloader_num_workers: must not be negative"),
-        ("--seed -1", "--seed: must not be negative"),
-        ("--proportion_empty_prompts 1.5", "--proportion_empty_prompts: must be from 0 to 1"),
-        ("--adam_beta1 1", "--adam_beta1: must be from 0 to below 1"),
-        ("--resolution large", "--resolution: invalid int value"),
+        *[(f"--{name} -0.5", f"argument --{name}: .*-0.5")
+          for name in ("noise_offset", "input_perturbation", "dream_detail_preservation", "adam_weight_decay",
+                       "adam_epsilon", "adam_beta1", "adam_beta2", "proportion_empty_prompts")],
+        *[(f"--{name} -1", f"argument --{name}: .*-1")
+          for name in ("seed", "lr_warmup_steps", "dataloader_num_workers")],
+        *[(f"--learning_rate {value}", f"argument --learning_rate: .*{value}") for value in ("nan", "inf")],
+        *[(f"--{name} {value}", f"argument --{name}: .*{value}")
+          for name, value in (("proportion_empty_prompts", 1.5), ("adam_beta1", 1), ("adam_beta2", 1))],
+        ("--logging_dir .", "argument --logging_dir: "),
+        ("--resolution large", "argument --resolution: .*large"),
         ("--lr_scheduler sawtooth", "--lr_scheduler: invalid choice"),
         ("--prediction_type flow", "--prediction_type: invalid choice"),
         ("--report_to paper", "--report_to: invalid choice"),
         ("--mixed_precision fp8", "--mixed_precision: invalid choice"),
         ("--image_interpolation_mode best", "--image_interpolation_mode: invalid choice"),
         ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
-        ("--compile fastest", "--compile: invalid choice"),
+        ("--compile fastest", "unrecognized arguments: fastest"),
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_right(words, message, capsys):
@@ -161,7 +158,7 @@ def test_a_value_that_cannot_be_right(words, message, capsys):
         parse(*words.split())
     assert exit_.value.code == 2
     usage, line = capsys.readouterr().err.splitlines()
-    assert message in line
+    assert re.search(message, line)
 
 
 def test_no_data_set_at_all(capsys):
@@ -264,10 +261,10 @@ def other_prediction_type(folder):
 
 
 BAD_MODELS = {
-    "inpainting": ("unet", other_unet(in_channels=9), "inpainting and depth models are not supported"),
-    "other width": ("unet", other_unet(cross_attention_dim=32), "only Stable Diffusion 1.x and 2.x do"),
-    "tokenizer without its files": ("tokenizer", without_vocabulary, "is tokenizer/ complete?"),
-    "pickles": ("unet", weights_in_pickles, "unet/ holds no .safetensors, and no other weights are loaded"),
+    "inpainting": ("unet", other_unet(in_channels=9), "Stable Diffusion 1.x or 2.x"),
+    "other width": ("unet", other_unet(cross_attention_dim=32), "Stable Diffusion 1.x or 2.x"),
+    "tokenizer without its files": ("tokenizer", without_vocabulary, "tokenizer"),
+    "pickles": ("unet", weights_in_pickles, "safetensors"),
     "prediction type": ("scheduler", other_prediction_type, "prediction type flow"),
 }
 
@@ -298,26 +295,26 @@ def test_output_dir_among_the_images(flags):
 
 BAD_INPUT = {
     "somebody's folder": ("output_dir", someone_s_readme, "has a README.md of something else"),
-    "logging_dir is a file": ("logging_dir", a_file, "is a file, not a folder"),
-    "no such model folder": ("pretrained_model_name_or_path", "/nowhere/model", "there is no such folder"),
+    "logging_dir is a file": ("logging_dir", a_file, "file"),
+    "no such model folder": ("pretrained_model_name_or_path", "/nowhere/model", "_or_path /nowhere/model: "),
     "a rate that the schedule cannot take": ("learning_rate", 1e-8, "--lr_scheduler polynomial: "),
-    "no such folder": ("train_data_dir", "nowhere", "--train_data_dir nowhere: there is no such folder"),
-    "empty folder": ("train_data_dir", empty_folder, "there are no images in it"),
+    "no such folder": ("train_data_dir", "nowhere", "--train_data_dir nowhere: "),
+    "empty folder": ("train_data_dir", empty_folder, "--train_data_dir "),
     "no such data set": ("dataset_name", "nobody/nothing", "--dataset_name nobody/nothing: "),
-    "no such image column": ("image_column", "picture", "--image_column picture: no such column; there are"),
-    "no such caption column": ("caption_column", "title", "--caption_column title: no such column; there are"),
-    "no metadata": ("train_data_dir", no_captions, "--caption_column text: no such column; there are image"),
+    "no such image column": ("image_column", "picture", "--image_column picture: no such column"),
+    "no such caption column": ("caption_column", "title", "--caption_column title: no such column"),
+    "no metadata": ("train_data_dir", no_captions, "--caption_column text: no such column"),
     "captions that are numbers": ("train_data_dir", numbers_as_captions, "--caption_column text: holds Value('int64')"),
     "metadata without its image": ("train_data_dir", dangling_metadata, "3.png"),
     "broken image": ("train_data_dir", broken_images, "5.png cannot be read"),
-    "resolution": ("resolution", 30, "--resolution 30: the VAE takes multiples of 4, such as 32"),
+    "resolution": ("resolution", 30, "--resolution 30: "),
     "no such model": ("pretrained_model_name_or_path", "nowhere", "--pretrained_model_name_or_path nowhere: "),
-    "model without a UNet": ("pretrained_model_name_or_path", no_unet, "the folder has no unet/"),
-    "output_dir is a file": ("output_dir", a_file, "is a file, not a folder"),
-    "output_dir below a file": ("output_dir", lambda tmp_path: a_file(tmp_path) / "below", "is a file, not a folder"),
-    "no such checkpoint": ("resume_from_checkpoint", "checkpoint-7", "there is no such checkpoint; there are none"),
+    "model without a UNet": ("pretrained_model_name_or_path", no_unet, "--pretrained_model_name_or_path "),
+    "output_dir is a file": ("output_dir", a_file, "--output_dir "),
+    "output_dir below a file": ("output_dir", lambda tmp_path: a_file(tmp_path) / "below", "--output_dir "),
+    "no such checkpoint": ("resume_from_checkpoint", "checkpoint-7", "checkpoint-7: "),
     "epsilon with fp16 on a CPU": ("mixed_precision", "fp16", "--mixed_precision fp16: "),
-    "xformers": ("enable_xformers_memory_efficient_attention", True, "is already memory-efficient"),
+    "xformers": ("enable_xformers_memory_efficient_attention", True, "memory-efficient"),
 }  # fmt: skip
 
 
@@ -340,20 +337,20 @@ def test_bad_input(case, flags, tmp_path, pipeline_folder):
 
 
 def test_the_line_and_the_status_that_the_user_sees(flags):
-    result = launch({**flags, "train_data_dir": "nowhere"})
+    result = launch({**flags, "image_column": "picture"})
     assert result.returncode == 1
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
-    assert result.stderr.splitlines()[-1] == "error: --train_data_dir nowhere: there is no such folder"
+    assert re.match("error: --image_column picture: no such column.*image.*text", result.stderr.splitlines()[-1])
 
 
-def test_a_bad_image_that_a_data_worker_meets(flags, tmp_path, monkeypatch):
-    """One behind those that are looked at before the training."""
-    import train_text_to_image
-
-    monkeypatch.setattr(train_text_to_image, "check_images", lambda *arguments: None)
-    with pytest.raises(RunError, match=r"5\.png cannot be read"):
-        run({**flags, "train_data_dir": broken_images(tmp_path), "dataloader_num_workers": 1, "max_train_steps": 4})
+def test_a_bad_image_that_a_data_worker_meets(flags, tmp_path):
+    """One behind the thousand that are looked at before the training."""
+    row = next(row for row in permutation(0, 0, 1100) if row >= 1000)
+    place = list(permutation(0, 0, 1100)).index(row)
+    flags |= {"train_data_dir": None, "dataset_name": tiny.save_rows(tmp_path / "rows", 1100, bad=row)}
+    with pytest.raises(RunError, match=rf"row {row}: image .* cannot be read"):
+        run({**flags, "dataloader_num_workers": 1, "max_train_steps": place + 2})
 
 
 def test_the_model_is_not_overwritten(flags, pipeline_folder):

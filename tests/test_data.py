@@ -1,8 +1,8 @@
 """From a data set's row to tensors: images of every kind, captions, crops, and the stream of positions."""
 
 import argparse
-import contextlib
 import functools
+import itertools
 import json
 import shutil
 
@@ -12,15 +12,14 @@ import PIL.Image
 import pytest
 import tiny
 import torch
+from conftest import reset_accelerate, run
 from torchvision.transforms import functional as transforms
 
+import train_text_to_image
 from train_text_to_image import (
     ExampleStream,
     RunError,
-    check_images,
-    check_values,
     choose_caption,
-    load_train_dataset,
     permutation,
     preprocess_train,
     random_generator,
@@ -181,50 +180,54 @@ def test_tokens_are_clip_s(pipeline_folder):
 # Data sets ------------------------------------------------------------------------------------------------------------
 
 
-COLUMNS = ["image_column", "caption_column"]
+class Reached(Exception):
+    """Carries the rows that a run would train on."""
 
 
-def data_arguments(**changes):
-    names = ("dataset_name", "dataset_config_name", "train_data_dir", "cache_dir", "max_train_samples")
-    names += ("skip_bad_images", "check_data")
-    columns = {"image_column": "image", "caption_column": "text"}
-    return argparse.Namespace(**{**dict.fromkeys(names), **columns, **changes})
+@pytest.fixture
+def load(flags, monkeypatch):
+    """Function of flags to those rows. Raises RunError."""
+    numbers = itertools.count()
+
+    def reached(rows, *_):
+        raise Reached(rows)
+
+    def load(**changes):
+        own = {**flags, "output_dir": flags["output_dir"] / str(next(numbers)), **changes}
+        with monkeypatch.context() as patched:
+            patched.setattr(train_text_to_image, "ExampleStream", reached)
+            with pytest.raises(Reached) as caught:
+                run(own)
+        reset_accelerate()
+        return caught.value.args[0]
+
+    return load
 
 
-def captions_of(dataset):
-    return sorted(map(str, dataset["text"]))
-
-
-def test_a_folder_a_saved_data_set_and_a_parquet_folder_are_the_same(images_folder, tmp_path):
-    from_folder = load_train_dataset(data_arguments(train_data_dir=str(images_folder)), COLUMNS, seed=0)
+def test_a_folder_a_saved_data_set_and_a_parquet_folder_are_the_same(load, images_folder, tmp_path):
+    from_folder = load()
     images = datasets.load_dataset("imagefolder", data_files={"train": str(images_folder / "**")})
     images.save_to_disk(tmp_path / "dict")
     images["train"].save_to_disk(tmp_path / "split")
     (tmp_path / "parquet").mkdir()
     images["train"].to_parquet(tmp_path / "parquet" / "train.parquet")
     for name in ("dict", "split", "parquet"):
-        dataset = load_train_dataset(data_arguments(dataset_name=str(tmp_path / name)), COLUMNS, seed=0)
-        assert captions_of(dataset) == captions_of(from_folder)
+        dataset = load(train_data_dir=None, dataset_name=tmp_path / name)
+        assert sorted(dataset["text"]) == sorted(from_folder["text"])
         assert read_image(dataset[0]["image"]).tobytes() == read_image(from_folder[0]["image"]).tobytes()
 
 
-def test_a_folder_whose_name_looks_like_a_pattern(images_folder, tmp_path):
+def test_a_folder_whose_name_looks_like_a_pattern_with_sub_folders(load, images_folder, tmp_path):
     folder = tmp_path / "my [best] images*"
-    shutil.copytree(images_folder, folder)
-    assert len(load_train_dataset(data_arguments(train_data_dir=str(folder)), COLUMNS, seed=0)) == 8
+    for name in ("train", "test"):  # names that `datasets` would take for splits
+        shutil.copytree(images_folder, folder / name)
+    assert len(load(train_data_dir=folder)) == 16
 
 
-def test_max_train_samples_are_drawn_by_the_seed(images_folder):
-    arguments = data_arguments(train_data_dir=str(images_folder), max_train_samples=3)
-    drawn = [[row["image"]["path"] for row in load_train_dataset(arguments, COLUMNS, seed)] for seed in (0, 0, 1)]
+def test_max_train_samples_are_drawn_by_the_seed(load):
+    drawn = [[row["image"]["path"] for row in load(max_train_samples=3, seed=seed)] for seed in (0, 0, 1)]
     assert [len(set(paths)) for paths in drawn] == [3, 3, 3]
     assert drawn[0] == drawn[1] != drawn[2]
-
-
-def test_sub_folders_belong_to_the_training_split(images_folder, tmp_path):
-    for name in ("train", "test"):  # names that `datasets` would take for splits
-        shutil.copytree(images_folder, tmp_path / name)
-    assert len(load_train_dataset(data_arguments(train_data_dir=str(tmp_path)), COLUMNS, seed=0)) == 16
 
 
 def write_rows(folder, rows):
@@ -232,52 +235,43 @@ def write_rows(folder, rows):
     for row in rows:
         PIL.Image.new("RGB", (32, 32)).save(folder / row["file_name"])
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return data_arguments(train_data_dir=str(folder))
+    return folder
 
 
 @pytest.mark.parametrize(
     ("captions", "message"),
     [
-        ([1, 2], "not text"),
-        ([0.5, 2.5], "not text"),
-        ([[1], [2]], "not text"),
+        ([1, 2], "holds "),
+        ([[1], [2]], "holds "),
         (["a", None], "row 1 is empty"),
         ([["a"], []], "row 1 is empty"),
         ([["a"], ["b", None]], "row 1 is empty"),
     ],
 )
-def test_captions_that_are_no_text_are_refused(tmp_path, captions, message):
+def test_captions_that_are_no_text_are_refused(load, tmp_path, captions, message):
     rows = [{"file_name": f"{index}.png", "text": caption} for index, caption in enumerate(captions)]
     with pytest.raises(RunError, match=f"--caption_column text: .*{message}"):
-        load_train_dataset(write_rows(tmp_path / "data", rows), COLUMNS, seed=0)
+        load(train_data_dir=write_rows(tmp_path / "data", rows))
 
 
-@pytest.mark.parametrize(
-    ("last", "row"),
-    [([["a"], []], 6), ([["a", None], []], 5), ([[], ["a", None]], 5), ([["a"], None], 6), ([["a"]], None)],
-)
-def test_an_empty_list_of_captions_is_found_in_any_piece_of_a_column(last, row):
-    features = datasets.Features({"text": datasets.List(datasets.Value("string"))})
-    pieces = [[["a"], ["b", "c"], ["d"]], [["e", "f"], ["g"]], last]
-    whole = datasets.concatenate_datasets([datasets.Dataset.from_dict({"text": p}, features) for p in pieces])
-    assert whole.data.column("text").num_chunks == 3
-    with contextlib.nullcontext() if row is None else pytest.raises(RunError, match=f"row {row} is empty"):
-        check_values(whole, "caption_column", "text")
+@pytest.mark.parametrize("last", [[["a"], []], [["a", None], ["b"]], [["a", "b"], None]])
+def test_an_empty_caption_is_found_in_any_piece_of_a_column(load, tmp_path, last):
+    """Also where a piece before it has other numbers of captions than rows."""
+    captions = [["a"] * (1 + row % 3) for row in range(2500)] + last
+    features = {"image": datasets.Image(), "text": datasets.List(datasets.Value("string"))}
+    tiny.save_rows(tmp_path / "rows", len(captions), captions=captions, features=datasets.Features(features))
+    assert datasets.load_from_disk(str(tmp_path / "rows")).data.column("text").num_chunks > 1
+    row = 2500 if None in last[0] else 2501
+    with pytest.raises(RunError, match=f"--caption_column text: row {row} is empty"):
+        load(train_data_dir=None, dataset_name=tmp_path / "rows")
 
 
-def test_a_column_that_is_not_there_lists_those_that_are(images_folder):
+def test_a_column_that_is_not_there_lists_those_that_are(load):
     for flag in ("image_column", "caption_column"):
-        with pytest.raises(RunError, match=f"--{flag} nothing: no such column; there are image, text"):
-            load_train_dataset(data_arguments(train_data_dir=str(images_folder), **{flag: "nothing"}), COLUMNS, seed=0)
-    with pytest.raises(RunError, match="--image_column text: holds .*, not images"):
-        load_train_dataset(data_arguments(train_data_dir=str(images_folder), image_column="text"), COLUMNS, seed=0)
-
-
-def test_a_bad_image_is_found_before_the_training_and_named(tmp_path):
-    arguments = write_rows(tmp_path / "data", [{"file_name": f"{index}.png", "text": "a"} for index in range(5)])
-    (tmp_path / "data" / "3.png").write_bytes(b"not a picture")
-    with pytest.raises(RunError, match=r"row 3: image .*3\.png cannot be read"):
-        check_images(arguments, load_train_dataset(arguments, COLUMNS, seed=0))
+        with pytest.raises(RunError, match=f"--{flag} nothing: no such column.*image.*text"):
+            load(**{flag: "nothing"})
+    with pytest.raises(RunError, match="--image_column text: holds "):
+        load(image_column="text")
 
 
 # The stream of positions ----------------------------------------------------------------------------------------------
@@ -285,15 +279,15 @@ def test_a_bad_image_is_found_before_the_training_and_named(tmp_path):
 
 @pytest.fixture
 def stream(caption_lists_folder, pipeline_folder):
-    """Function of (first, last) to the stream of examples at those positions, with everything random switched on."""
-    arguments = data_arguments(train_data_dir=str(caption_lists_folder))
+    """The examples of a run by position, with everything random switched on."""
     settings = {"resolution": 32, "image_interpolation_mode": "lanczos", "center_crop": False, "random_flip": True}
     settings |= {"proportion_empty_prompts": 0.3, "noise_offset": 0.1, "input_perturbation": 0.1}
-    dataset = load_train_dataset(arguments, COLUMNS, seed=0)
-    arguments = argparse.Namespace(**vars(arguments), **settings)
+    arguments = argparse.Namespace(image_column="image", caption_column="text", **settings)
+    dataset = datasets.load_dataset("imagefolder", data_files={"train": f"{caption_lists_folder}/**"}, split="train")
+    dataset = dataset.cast_column("image", datasets.Image(decode=False))
     tokenizer = tiny.make_tokenizer(pipeline_folder / "tokenizer")
     preprocess = functools.partial(preprocess_train, arguments, tokenizer, (4, 8, 8), 1000)
-    return functools.partial(ExampleStream, dataset, preprocess, 7)
+    return ExampleStream(dataset, preprocess, 7)
 
 
 def assert_equal_examples(one, other):
@@ -302,23 +296,22 @@ def assert_equal_examples(one, other):
         assert np.array_equal(one[name], other[name]), name
 
 
-def test_a_position_is_the_same_example_wherever_the_stream_is_entered(stream):
-    whole, rest = stream(0, 30), stream(13, 30)
-    assert len(whole) == 30
-    assert len(rest) == 17
-    for position in (13, 17, 29):
-        assert_equal_examples(whole[position], rest[position - 13])
+def test_a_position_is_the_same_example_whenever_it_is_asked_for(stream):
+    whole = [stream[position] for position in range(30)]
+    for position in (29, 13, 17):
+        assert_equal_examples(whole[position], stream[position])
 
 
 def test_the_same_image_is_another_example_in_the_next_epoch(stream):
-    examples = [stream(0, 16)[position] for position in range(16)]
+    examples = [stream[position] for position in range(16)]
     for name in ("noise", "posterior_noise", "offset_noise", "perturbation_noise"):
         assert len({example[name].numpy().tobytes() for example in examples}) == 16
     assert len({example["timesteps"].item() for example in examples}) > 12
 
 
 def test_workers_change_nothing(stream):
-    loaders = [torch.utils.data.DataLoader(stream(5, 21), batch_size=3, num_workers=number) for number in (0, 2)]
+    options = {"sampler": range(5, 21), "batch_size": 3}
+    loaders = [torch.utils.data.DataLoader(stream, **options, num_workers=number) for number in (0, 2)]
     for one, other in zip(*loaders, strict=True):
         assert_equal_examples(one, other)
 
@@ -333,7 +326,7 @@ def test_every_epoch_is_a_permutation_of_its_own():
 
 
 def test_timesteps_are_uniform_and_noise_is_normal(stream):
-    examples = [stream(0, 400)[position] for position in range(400)]
+    examples = [stream[position] for position in range(400)]
     timesteps = torch.stack([example["timesteps"] for example in examples]).double()
     assert timesteps.mean().item() == pytest.approx(499.5, abs=4 * 288.7 / 20)  # four standard errors
     noise = torch.stack([example["noise"] for example in examples])

@@ -8,9 +8,7 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import compute_dream_and_update_latents, compute_snr
 
 from train_text_to_image import (
-    RunError,
     add_noise,
-    check_objective,
     dream,
     min_snr_weight,
     predicted_noise,
@@ -135,17 +133,6 @@ def test_dream_leaves_a_perfect_prediction_alone(scheduler, clean_and_noise, pre
     moved_noisy, moved_noise = dream(noisy, noise, predicted, alphas, 1.0)
     torch.testing.assert_close(moved_noisy, noisy)
     torch.testing.assert_close(moved_noise, noise)
-
-
-def test_zero_terminal_snr_is_refused_for_epsilon_only():
-    scheduler = DDPMScheduler(**SD_SCHEDULE, rescale_betas_zero_snr=True)
-    with pytest.raises(RunError, match="zero terminal SNR"):
-        check_objective("epsilon", scheduler.alphas_cumprod)
-    check_objective("v_prediction", scheduler.alphas_cumprod)
-    check_objective("sample", scheduler.alphas_cumprod)
-    check_objective("epsilon", DDPMScheduler(**SD_SCHEDULE).alphas_cumprod)
-    with pytest.raises(RunError, match="flow"):
-        check_objective("flow", scheduler.alphas_cumprod)
 
 
 # training_losses, with the models -------------------------------------------------------------------------------------

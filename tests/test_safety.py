@@ -1,6 +1,6 @@
 """What a run is told before it harms: bad data, damaged or foreign checkpoints, losses that are no numbers, pickles.
 
-All of it by the scripts themselves, on tiny models. What lies in all four is tested for all four.
+All of it by the scripts themselves, on tiny models: PyTorch's machinery, which is one text, by one of its scripts.
 """
 
 import importlib
@@ -16,17 +16,17 @@ import PIL.Image
 import pytest
 import tiny
 import torch
-from conftest import ROOT, command_line, launch, run
+from accelerate import Accelerator
+from conftest import ROOT, command_line, reset_accelerate, run
 from diffusers import DiffusionPipeline, PriorTransformer, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 SD, PRIOR = "train_text_to_image", "train_text_to_image_prior"
 DECODER, FLAX = "train_text_to_image_decoder", "train_text_to_image_flax"
-SCRIPTS, PYTORCH = [SD, PRIOR, DECODER, FLAX], [SD, PRIOR, DECODER]
+SCRIPTS = [SD, PRIOR, DECODER, FLAX]
 TRAINED = {SD: "unet", PRIOR: "prior", DECODER: "unet", FLAX: "unet"}
 MODEL = {SD: "pretrained_model_name_or_path", FLAX: "pretrained_model_name_or_path"}
 MODEL |= {PRIOR: "pretrained_prior_model_name_or_path", DECODER: "pretrained_decoder_model_name_or_path"}
-TWO_PROCESSES = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
 
 @pytest.fixture(scope="session")
@@ -39,7 +39,7 @@ def models(pipeline_folder, tmp_path_factory):
     return dict.fromkeys((SD, FLAX), {MODEL[SD]: pipeline_folder}) | dict.fromkeys((PRIOR, DECODER), kandinsky)
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=[SD, FLAX])
 def script(request):
     return request.param
 
@@ -77,13 +77,6 @@ def course(script, courses, flags):
     """The undisturbed run's output_dir, of which this test's own is a copy."""
     shutil.copytree(courses(script), flags["output_dir"])
     return courses(script)
-
-
-def reset_accelerate():
-    """As conftest.py does behind every test: for a further run in the same one."""
-    if state := sys.modules.get("accelerate.state"):
-        state.AcceleratorState._reset_state(reset_partial_state=True)
-        state.GradientState._reset_state()
 
 
 def refusal(flags, script):
@@ -136,110 +129,8 @@ def assert_same_bits(script, one, other):
     assert [name for name in one if one[name] != other[name]] == []
 
 
-# The report of --check_data -------------------------------------------------------------------------------------------
-
-NASTY = '3 "it\'s"\n\x1b[31m.png'  # as a file's name it would break the line, and colour what follows
-
-
 def write_image(path, width=64, height=64):
     PIL.Image.effect_noise((width, height), 50).convert("RGB").save(path)
-
-
-def make_defects(folder):
-    """A folder with every defect at once. The names sort as the rows do."""
-    folder.mkdir()
-    write_image(folder.parent / "outside.png")
-    rows = [
-        ("0.png", "a picture of red dots"),
-        ("1.png", "blue bars"),  # 200 x 50: the crop keeps a quarter
-        ("2.png", "green bars"),  # 24 pixels high
-        (NASTY, "grey bars"),  # not an image
-        ("4.png", "  "),
-        ("5.png", "dots " * 100),
-        ("6.png", None),
-        ("7.png", ...),  # no caption at all
-        ("8.png", "a link"),
-    ]
-    for name, _ in rows:
-        write_image(folder / name, *{"1.png": (200, 50), "2.png": (30, 24)}.get(name, (64, 64)))
-    (folder / NASTY).write_bytes(b"no picture")
-    (folder / "8.png").unlink()
-    (folder / "8.png").symlink_to("../outside.png")
-    rows = [{"file_name": name, **({} if text is ... else {"text": text})} for name, text in rows]
-    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def with_side(side, script, flags, tmp_path):
-    """Flags under which images are resized to `side`: the resolution, for the prior the image processor's."""
-    if script != PRIOR:
-        return {**flags, "resolution": side}
-    model = shutil.copytree(flags[MODEL[PRIOR]], tmp_path / "model")
-    path = model / "image_processor" / "preprocessor_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "size": {"shortest_edge": side}}))
-    return {**flags, MODEL[PRIOR]: model}
-
-
-def test_the_report_names_every_defect(script, flags, tmp_path, capsys, monkeypatch):
-    folder = make_defects(tmp_path / "data")
-    flags = with_side(48, script, {**flags, "train_data_dir": folder, "check_data": True}, tmp_path)
-    before = files_below(tmp_path)
-    assert run_as_main(flags, script, monkeypatch) == 1
-    out, err = capsys.readouterr()
-    nasty = str(folder / NASTY).replace("\n", r"\n").replace("\x1b", r"\u001b")
-    captions = """\
-rows without a caption: 2
-    row 6
-    row 7
-captions that are empty: 1
-    row 4
-captions longer than 77 tokens, which are cut there: 1
-    row 5: 102 tokens, dots dots dots dots dots dots dots dots dots dots dots dots ...
-"""
-    # Of 8 images that can be read, one loses three quarters and one a fifth.
-    report = f"""\
-9 rows
-images that cannot be read: 1
-    row 3: image {nasty} cannot be read: REASON
-images smaller than 48 pixels, which are enlarged: 1
-    row 2: 30 x 24
-{"" if script == DECODER else captions}\
-images that the square crop takes something of, {(0.75 + 0.2) / 8:.1%} on average and 75.0% at most: 2
-    row 1: 75.0% of 200 x 50
-    row 2: 20.0% of 30 x 24
-symbolic links that lead out of the folder: 1
-    8.png -> {tmp_path / "outside.png"}
-"""
-    assert re.sub("(?<=cannot be read: )cannot identify .*", "REASON", out) == report
-    errors = [line for line in err.splitlines() if "error: " in line]
-    refused = 1 if script == DECODER else 3
-    assert errors == [f"error: --check_data: training would refuse {refused} of 9 rows"]
-    assert "Traceback" not in err
-    assert files_below(tmp_path) == before
-
-
-def test_a_clean_data_set_has_a_clean_report(script, flags, images_folder, capsys, monkeypatch):
-    assert run_as_main({**flags, "check_data": True}, script, monkeypatch) == 0
-    out, err = capsys.readouterr()
-    counts = {line.rpartition(": ")[0]: line.rpartition(": ")[2] for line in out.splitlines() if line[0] != " "}
-    assert out.startswith("8 rows\n")
-    assert {count for what, count in counts.items() if what and "square crop" not in what} == {"0"}
-    assert warnings_in(err) == []
-    assert not flags["output_dir"].exists()
-    sides = [PIL.Image.open(path).size for path in images_folder.glob("*.png")]
-    shares = [1 - min(size) / max(size) for size in sides]
-    assert f"{np.mean(shares):.1%} on average and {max(shares):.1%} at most: {sum(s > 0 for s in shares)}\n" in out
-
-
-def test_an_image_that_metadata_names_outside_of_the_folder(script, flags, tmp_path):
-    folder = tiny.make_images(tmp_path / "data")
-    write_image(tmp_path / "outside.png")
-    with (folder / "metadata.jsonl").open("a") as file:
-        file.write('{"file_name": "../outside.png", "text": "grey dots"}\n')
-    flags["train_data_dir"] = folder
-    for check_data in (True, False):
-        assert "outside.png" in refusal({**flags, "check_data": check_data}, script)
-    assert not flags["output_dir"].exists()
 
 
 # Images that can't be read --------------------------------------------------------------------------------------------
@@ -277,14 +168,13 @@ def test_bad_images_are_left_out_as_if_removed_by_hand(script, flags, tmp_path, 
         )
         reset_accelerate()
         err = capsys.readouterr().err
-        said = [line.split(": image ")[0] for line in warnings_in(err)]
         rows = {} if name == "by hand" else BAD
-        assert said == [f"left out: row {row}" for row in rows]
+        assert re.findall(r"WARNING .*\brow (\d+): image", err) == [str(row) for row in rows]
         assert all(f"{folder / f'{row}.png'} cannot be read" in err for row in rows)
-        assert f"--skip_bad_images: {len(rows)} of {6 + len(rows)} images left out" in err
+        assert " 6 images, " in err
         checkpoint = tmp_path / name / "checkpoint-2"
         state = json.loads((checkpoint / "training_state.json").read_text())
-        states[name] = {key: value for key, value in state.items() if key not in ("arguments", "files")}
+        states[name] = {key: value for key, value in state.items() if key not in ("arguments", "files", "data")}
         assert_same_bits(script, checkpoint, tmp_path / "one" / "checkpoint-2")
         assert states[name] == states["one"]
     assert states["one"]["rows"] == 6
@@ -293,12 +183,11 @@ def test_bad_images_are_left_out_as_if_removed_by_hand(script, flags, tmp_path, 
 def test_without_the_flag_a_bad_image_is_named_with_a_hint(script, flags, tmp_path):
     flags["train_data_dir"] = with_bad_images(tmp_path / "bad")
     line = refusal(flags, script)
-    assert re.fullmatch(
-        r"row 1: image \S+/bad/1\.png cannot be read: .*; --skip_bad_images leaves such images out", line
-    )
+    assert re.fullmatch(r"row 1: image \S+/bad/1\.png cannot be read: .*; --skip_bad_images .*", line)
     assert not flags["output_dir"].exists()
 
 
+@pytest.mark.parametrize("script", [SD])
 def test_nothing_is_left_without_bad_images(script, flags, tmp_path, capsys, monkeypatch):
     folder = with_bad_images(tmp_path / "bad")
     for path in folder.glob("*.png"):
@@ -310,51 +199,28 @@ def test_nothing_is_left_without_bad_images(script, flags, tmp_path, capsys, mon
     assert not flags["output_dir"].exists()
 
 
-# Symbolic links -------------------------------------------------------------------------------------------------------
-
-
-def test_links_out_of_the_folder_are_warned_of(script, flags, tmp_path, capsys):
-    """A file's and a folder's, but not one that stays inside, nor that to the folder itself.
-
-    A bad image ends the run, behind the warning.
-    """
-    folder = tiny.make_images(tmp_path / "data")
-    other = tiny.make_images(tmp_path / "other")
-    (folder / "5.png").unlink()
-    (folder / "5.png").symlink_to(other / "5.png")
-    (folder / "2.png").unlink()
-    (folder / "2.png").symlink_to("1.png")
-    (folder / "more").symlink_to(other)
-    (tmp_path / "link").symlink_to(folder)
-    (folder / "0.png").write_bytes(b"no picture")
-    flags["train_data_dir"] = tmp_path / "link"
-    assert "row 0: image" in refusal(flags, script)
-    (line,) = warnings_in(capsys.readouterr().err)
-    links = f"2 symbolic links lead out of it, such as 5.png -> {other / '5.png'}"
-    assert line == f"--train_data_dir {flags['train_data_dir']}: {links}; what they lead to may be trained on"
-
-
 # Damaged checkpoints --------------------------------------------------------------------------------------------------
 
 
 def cut_weights(checkpoint, script):
-    """Leave half of the largest file of weights: a safetensors file, or one of Orbax's."""
-    files = checkpoint.rglob("*.safetensors") if script != FLAX else (checkpoint / "train_state").rglob("*")
-    path = max(files, key=lambda path: path.stat().st_size * path.is_file())
+    """Leave half of the largest file: a safetensors file, or one of Orbax's. Returns the names of which one is told."""
+    path = max(
+        checkpoint.rglob("*.safetensors" if script != FLAX else "*"), key=lambda p: p.is_file() and p.stat().st_size
+    )
     os.truncate(path, path.stat().st_size // 2)
-    return f"{path.relative_to(checkpoint)} is {path.stat().st_size} bytes long, not "
+    return path.relative_to(checkpoint)
 
 
 def remove_a_file(checkpoint, script):
-    path = checkpoint / ("train_state/_METADATA" if script == FLAX else f"{TRAINED[script]}_ema/config.json")
+    path = next(checkpoint.rglob("_METADATA")) if script == FLAX else checkpoint / f"{TRAINED[script]}_ema/config.json"
     path.unlink()
-    return f"the checkpoint is damaged, {path.relative_to(checkpoint)} is missing"
+    return path.relative_to(checkpoint)
 
 
 def cut_state(checkpoint, script):
     path = checkpoint / "training_state.json"
     os.truncate(path, path.stat().st_size // 2)
-    return "not a checkpoint of this script, training_state.json: "
+    return "not a"
 
 
 DAMAGES = [cut_weights, remove_a_file, cut_state]
@@ -366,15 +232,14 @@ def test_a_damaged_latest_checkpoint_is_passed_over_and_kept(script, damage, cou
     output = flags["output_dir"]
     if script == FLAX and damage != cut_weights:
         flags["max_train_steps"] = 2  # nothing is left to train, which would take seconds to trace
-    problem = damage(output / "checkpoint-3", script)
+    file = damage(output / "checkpoint-3", script)
     damaged = files_below(output / "checkpoint-3")
     run({**flags, "resume_from_checkpoint": True}, script)
     err = capsys.readouterr().err
     (warning,) = warnings_in(err)
     assert warning.startswith(f"{output / 'checkpoint-3'}: ")
-    assert problem in warning
-    assert warning.endswith("; going on from an earlier one")
-    assert f"going on from {output / 'checkpoint-2'}" in err
+    assert str(file) in warning
+    assert f"{output / 'checkpoint-2'}" in err
     if flags["max_train_steps"] == 2:
         assert files_below(output / "checkpoint-3") == damaged
         return
@@ -385,22 +250,19 @@ def test_a_damaged_latest_checkpoint_is_passed_over_and_kept(script, damage, cou
     assert (output / trained).read_bytes() == (course / trained).read_bytes()
 
 
-def test_a_damaged_checkpoint_that_is_asked_for_is_an_error(script, course, flags):
-    output = flags["output_dir"]
-    before = files_below(course)
+def test_a_damaged_checkpoint_that_is_asked_for_is_an_error(script, course, flags, capsys):
+    output, files = flags["output_dir"], []
     for number, damage in enumerate(DAMAGES, 1):
-        problem = damage(output / f"checkpoint-{number}", script)
+        files.append(damage(output / f"checkpoint-{number}", script))
+        capsys.readouterr()
         line = refusal({**flags, "resume_from_checkpoint": f"checkpoint-{number}"}, script)
-        assert line.startswith(f"{output / f'checkpoint-{number}'}: ")
-        assert problem in line
-    # Now that all are: the newest's problem is named, and nothing starts anew.
+        assert f"checkpoint-{number}" in line
+        assert str(files[-1]) in line + capsys.readouterr().err
+    # Now that all are, nothing starts anew.
     line = refusal({**flags, "resume_from_checkpoint": True}, script)
-    newest = f"the newest: {output / 'checkpoint-3'}: "
-    assert line.startswith(f"--resume_from_checkpoint: no checkpoint in {output} is whole; {newest}")
-    assert problem in line
-    assert files_below(output).keys() == before.keys() - {
-        f"checkpoint-2/{'train_state/_METADATA' if script == FLAX else TRAINED[script] + '_ema/config.json'}"
-    }
+    assert line.startswith("--resume_from_checkpoint")
+    assert str(output) in line
+    assert files_below(output).keys() == files_below(course).keys() - {f"checkpoint-2/{files[1]}"}
 
 
 # Checkpoints of something else ----------------------------------------------------------------------------------------
@@ -417,24 +279,23 @@ def changed_configuration(part, **values):
     return change
 
 
-OTHERS = {
-    SD: [("layers_per_block", 1, 2), ("use_linear_projection", False, True)],
-    FLAX: [("block_out_channels", [16, 32], [16, 16]), ("layers_per_block", 1, 2)],
-    PRIOR: [("num_layers", 2, 3), ("attention_head_dim", 8, 12)],
-    DECODER: [("block_out_channels", [16, 32], [32, 32]), ("layers_per_block", 1, 2)],
-}
+OTHERS = [
+    (SD, "layers_per_block", 1, 2),
+    (SD, "use_linear_projection", False, True),
+    (FLAX, "block_out_channels", [16, 32], [16, 16]),
+    (PRIOR, "num_layers", 2, 3),
+    (DECODER, "block_out_channels", [16, 32], [32, 32]),
+]
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_checkpoint_of_another_architecture(script, number, course, flags, tmp_path):
-    field, before, now = OTHERS[script][number]
+@pytest.mark.parametrize(("script", "field", "before", "now"), OTHERS)
+def test_a_checkpoint_of_another_architecture(script, field, before, now, course, flags, tmp_path):
     model = shutil.copytree(flags[MODEL[script]], tmp_path / "model")
     changed_configuration(TRAINED[script], **{field: now})(model)
     files = files_below(flags["output_dir"])
     line = refusal({**flags, MODEL[script]: model, "resume_from_checkpoint": True}, script)
-    checkpoint = flags["output_dir"] / "checkpoint-3"
-    what = f"is of a model with another architecture: {field} {before} -> {now}"
-    assert line == f"--resume_from_checkpoint {checkpoint}: {what}"
+    assert str(flags["output_dir"] / "checkpoint-3") in line
+    assert re.search(rf"architecture.*{field}.*{re.escape(str(before))}.*{re.escape(str(now))}", line)
     assert files_below(flags["output_dir"]) == files
 
 
@@ -457,93 +318,57 @@ def nothing(folder):
     pass
 
 
-DIGEST, ROWS = "other captions, names or sizes of images in the data set", "another number of rows in the data set"
+# {case: (change of the data, flags, what the warnings tell)}
 CHANGES = {
-    "nothing": (nothing, {}, {}),
-    "the folder was moved": (nothing, {}, {}),
-    "another split of the batch": (nothing, {"train_batch_size": 1, "gradient_accumulation_steps": 4}, {}),
-    "captions": (edit_captions, {}, {DIGEST: ...}),
-    "an image": (replace_an_image, {}, {DIGEST: ...}),
-    "one more image": (add_an_image, {}, {ROWS: "8, now 9", DIGEST: ...}),
-    "the seed": (nothing, {"seed": 5}, {"another seed": "0, now 5"}),
-    "the batch": (nothing, {"train_batch_size": 3}, {"another number of images per update": "4, now 6"}),
+    "nothing": (nothing, {}, []),
+    "another split of the batch": (nothing, {"train_batch_size": 1, "gradient_accumulation_steps": 4}, []),
+    "captions": (edit_captions, {}, [r"data"]),
+    "an image": (replace_an_image, {}, [r"data"]),
+    "one more image": (add_an_image, {}, [r"rows.*8.*9", r"data"]),
+    "the seed": (nothing, {"seed": 5}, [r"seed.*0.*5"]),
+    "the batch": (nothing, {"train_batch_size": 3}, [r"4.*6"]),
 }
 
 
-@pytest.mark.parametrize("case", CHANGES)
-def test_what_differs_from_the_checkpoint_s_run_is_warned_of(script, case, course, flags, tmp_path, capsys):
+@pytest.mark.parametrize(("script", "case"), [*((SD, case) for case in CHANGES), (FLAX, "nothing"), (FLAX, "the seed")])
+def test_what_differs_from_the_checkpoint_s_run_is_warned_of(script, case, courses, flags, tmp_path, capsys):
     """No update is left to do: only the start is looked at."""
     change, other_flags, expected = CHANGES[case]
-    if case != "nothing":
-        folder = shutil.copytree(flags["train_data_dir"], tmp_path / "moved" / "images")
-        change(folder)
-        flags["train_data_dir"] = folder
-    if script == DECODER and case == "captions":
-        expected = {}  # it does not read them
+    if change is nothing:
+        shutil.copytree(courses(script), flags["output_dir"])
+    else:  # what is changed must not be another test's
+        flags |= {"train_data_dir": tiny.make_images(tmp_path / "images"), "max_train_steps": 1}
+        run(flags, script)
+        reset_accelerate()
+        change(flags["train_data_dir"])
+    capsys.readouterr()
     run({**flags, **other_flags, "resume_from_checkpoint": True}, script)
     said = warnings_in(capsys.readouterr().err)
-    assert len(said) == len(expected)
-    start = f"{flags['output_dir'] / 'checkpoint-3'} was made with "
-    end = "; the model will not be the one of a run without the interruption"
-    for line in said:
-        what, _, values = line.removeprefix(start).removesuffix(end).partition(": ")
-        assert line == f"{start}{what}: {values}{end}"
-        one, other = re.fullmatch(r"(\w+), now (\w+)", values).groups()
-        assert one != other
-        assert expected[what] in (..., values)
+    assert len(said) == len(expected), said
+    newest = max(flags["output_dir"].glob("checkpoint-*")).name
+    assert all(newest in line for line in said)
+    assert all(any(re.search(pattern, line) for line in said) for pattern in expected), said
 
 
 # Losses that are no numbers -------------------------------------------------------------------------------------------
-
-
-def strict_json(path):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
-
-    return json.loads(path.read_text(), parse_constant=refuse)
-
-
-def timesteps_at(module, stream, positions, latents_shape=(8, 8, 4)):
-    """The timesteps that belong to positions of a run's stream: of its examples, or drawn on the device by Flax's."""
-    if module.__name__ != FLAX:
-        return [int(stream[position - stream.first]["timesteps"]) for position in positions]
-    key = module.random_generator(0, 4).integers(2**32, size=2, dtype=np.uint32)
-    halves = np.array([[position >> 32, position & 0xFFFFFFFF] for position in positions], np.uint32)
-    noise = module.draw_noise(halves, module.jax.random.wrap_key_data(key, impl="threefry2x32"), latents_shape, 1000)
-    return noise["timesteps"].tolist()
 
 
 def all_finite(script, checkpoint):
     return all(np.isfinite(np.frombuffer(data, np.float32)).all() for data in state_of(script, checkpoint).values())
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(script, course, flags, monkeypatch):
-    """An update takes far too large a step, and the loss of the next is no number.
+@pytest.mark.parametrize("logging_steps", [1, 10])
+def test_a_loss_that_is_not_finite_ends_the_run(script, logging_steps, course, flags):
+    """An update takes far too large a step, and the loss of the next is no number: no checkpoint is written of that.
 
-    The file names the examples of that update. From an older checkpoint a smaller rate trains as if nothing had been.
+    From an older checkpoint a smaller rate trains as if nothing had been.
     """
-    module, output, streams = importlib.import_module(script), flags["output_dir"], []
-
-    class Recorded(module.ExampleStream):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            streams.append(self)
-
-    monkeypatch.setattr(module, "ExampleStream", Recorded)
+    output = flags["output_dir"]
     shutil.rmtree(output / "checkpoint-3")
     before = files_below(output)
-    flags |= {"resume_from_checkpoint": True, "max_train_steps": 9, "logging_steps": 10}
+    flags |= {"resume_from_checkpoint": True, "max_train_steps": 9, "logging_steps": logging_steps}
     line = refusal({**flags, "learning_rate": 1e30}, script)
-    path = output / "nonfinite-step-4.json"
-    assert line.startswith(f"step 4: the loss is not finite; {path} holds the examples, their timesteps and losses; ")
-    assert "--resume_from_checkpoint" in line
-    (update,) = strict_json(path)
-    assert update["step"] == 4
-    assert update["positions"] == list(range(12, 16))
-    assert update["timesteps"] == timesteps_at(module, streams[-1], update["positions"])
-    assert len(update["losses"]) == 4
-    assert set(update["losses"]) <= {"nan", "inf"}
-    assert update["gradient_norm"] in ("nan", "inf")
+    assert re.match(r"step 4: .*loss (is )?(nan|inf|not finite).*gradient", line)
     after = files_below(output)
     assert {name: after[name] for name in before if name.startswith("checkpoint-")} == {
         name: data for name, data in before.items() if name.startswith("checkpoint-")
@@ -551,8 +376,9 @@ def test_a_loss_that_is_not_finite_ends_the_run(script, course, flags, monkeypat
     checkpoints = sorted(path.name for path in output.glob("checkpoint-*"))
     assert checkpoints == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
     assert all_finite(script, output / "checkpoint-3")
-    run({**flags, "resume_from_checkpoint": "checkpoint-2", "max_train_steps": 3}, script)
-    assert_same_bits(script, output / "checkpoint-3", course / "checkpoint-3")
+    if logging_steps == 10:
+        run({**flags, "resume_from_checkpoint": "checkpoint-2", "max_train_steps": 3}, script)
+        assert_same_bits(script, output / "checkpoint-3", course / "checkpoint-3")
 
 
 def test_a_finite_loss_whose_gradient_is_not_ends_the_run(script, flags, tmp_path):
@@ -560,46 +386,36 @@ def test_a_finite_loss_whose_gradient_is_not_ends_the_run(script, flags, tmp_pat
     model = shutil.copytree(flags[MODEL[script]], tmp_path / "model")
     path = model / TRAINED[script] / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
-    tensors["proj_to_clip_embeddings.weight" if script == PRIOR else "conv_out.weight"] *= 1e16
+    tensors["conv_out.weight"] *= 1e16
     save_file(tensors, path, metadata={"format": "pt"})
     line = refusal({**flags, MODEL[script]: model}, script)
-    assert line.startswith("step 1: the gradient is not finite; ")
-    (update,) = strict_json(flags["output_dir"] / "nonfinite-step-1.json")
-    assert all(1e25 < loss < 1e38 for loss in update["losses"])
-    assert update["gradient_norm"] in ("nan", "inf")
+    loss = float(re.match(r"step 1: .*?loss ([\d.e+]+)", line)[1])
+    assert 1e25 < loss < 1e38
+    assert re.search(r"gradient.*(nan|inf)", line)
     assert list(flags["output_dir"].glob("checkpoint-*")) == []
 
 
-@pytest.mark.parametrize("logging_steps", [1, 10])
-def test_so_many_in_a_row_as_the_flag_says(script, logging_steps, flags):
-    """However often the losses are read, the third in a row ends the run, and no checkpoint holds such weights."""
-    flags |= {"learning_rate": 1e30, "max_nonfinite_steps": 3, "max_train_steps": 9, "logging_steps": logging_steps}
-    assert refusal(flags, script).startswith("step 4: the loss is not finite")
-    updates = strict_json(flags["output_dir"] / "nonfinite-step-4.json")
-    assert [update["step"] for update in updates] == [2, 3, 4]
-    assert [update["positions"] for update in updates] == [list(range(first, first + 4)) for first in (4, 8, 12)]
-    for checkpoint in flags["output_dir"].glob("checkpoint-*"):
-        assert all_finite(script, checkpoint), checkpoint.name
-
-
-def test_a_run_that_ends_with_updates_that_are_not_finite_saves_no_model_of_them(script, flags):
-    flags |= {"learning_rate": 1e30, "max_nonfinite_steps": 3, "max_train_steps": 2, "checkpointing_steps": 9}
-    assert refusal(flags, script).startswith("step 2: the loss is not finite")
+def test_a_run_that_ends_with_an_update_that_is_not_finite_saves_no_model_of_it(script, flags):
+    flags |= {"learning_rate": 1e30, "max_train_steps": 2, "checkpointing_steps": 9, "logging_steps": 9}
+    assert refusal(flags, script).startswith("step 2: ")
     assert not (flags["output_dir"] / "model_index.json").exists()
     assert not (flags["output_dir"] / TRAINED[script]).exists()
 
 
 @pytest.mark.parametrize("script", [SD])
-def test_two_processes_write_one_file_with_the_examples_of_both(flags):
-    flags |= {"learning_rate": 1e30, "checkpointing_steps": 9}
-    result = launch(flags, TWO_PROCESSES, ACCELERATE_USE_CPU="true")
-    assert result.returncode == 1
-    assert "error: step 2: the loss is not finite" in result.stderr
-    (path,) = flags["output_dir"].glob("nonfinite-*")
-    (update,) = strict_json(path)
-    assert sorted(update["positions"]) == list(range(8, 16))
-    assert len(update["timesteps"]) == len(update["losses"]) == 8
+def test_with_fp16_the_twentieth_in_a_row_ends_the_run(script, flags, monkeypatch):
+    """Its scaler finds the loss scale by updates that overflow, and skips them. A CPU has no fp16, but a scaler."""
+    initialise = Accelerator.__init__
+
+    def initialise_with_scaler(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        self.scaler = torch.amp.GradScaler("cpu")
+
+    monkeypatch.setattr(Accelerator, "__init__", initialise_with_scaler)
+    flags |= {"learning_rate": 1e30, "max_train_steps": 40, "gradient_accumulation_steps": 1, "checkpointing_steps": 10}
+    assert refusal(flags, script).startswith("step 21: ")
     assert not (flags["output_dir"] / "model_index.json").exists()
+    assert all_finite(script, flags["output_dir"] / "checkpoint-20")
 
 
 # Pickles --------------------------------------------------------------------------------------------------------------
@@ -649,7 +465,9 @@ def test_weights_in_pickles_are_refused_with_a_way_to_convert_them(script, flags
     assert (flags["output_dir"] / "model_index.json").is_file()
 
 
-@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize(
+    ("script", "beside"), [(SD, True), (PRIOR, True), (DECODER, True), *((script, False) for script in SCRIPTS)]
+)
 def test_no_pickle_of_a_model_is_opened(script, beside, flags, tmp_path):
     """Nor one of a part that is not trained; beside the safetensors or in their place."""
     model, target = shutil.copytree(flags[MODEL[script]], tmp_path / "model"), tmp_path / "exploded"
@@ -661,23 +479,24 @@ def test_no_pickle_of_a_model_is_opened(script, beside, flags, tmp_path):
     if beside:
         run(flags, script)
     else:
-        assert ".bin" in refusal(flags, script) or "pickles" in refusal(flags, script)
+        assert "safetensors" in refusal(flags, script)
     assert not target.exists()
 
 
-@pytest.mark.parametrize("script", PYTORCH)
-@pytest.mark.parametrize("file", ["optimizer.bin", "random_states_0.pkl", "scheduler.bin", "scaler.pt"])
-def test_no_pickle_of_a_checkpoint_runs(script, file, course, flags, tmp_path):
-    """One that was planted, and its size in the checkpoint's list changed to its own."""
+@pytest.mark.parametrize("script", [SD])
+@pytest.mark.parametrize("files", [["optimizer.bin"], ["random_states_0.pkl", "scheduler.bin", "scaler.pt"]], ids=len)
+def test_no_pickle_of_a_checkpoint_runs(script, files, course, flags, tmp_path):
+    """Of those that were planted, and their sizes put in the checkpoint's list."""
     checkpoint, target = flags["output_dir"] / "checkpoint-3", tmp_path / "exploded"
-    set_bomb(checkpoint / file, target)
     path = checkpoint / "training_state.json"
     state = json.loads(path.read_text())
-    state["files"][file] = (checkpoint / file).stat().st_size
+    for file in files:
+        set_bomb(checkpoint / file, target)
+        state["files"][file] = (checkpoint / file).stat().st_size
     path.write_text(json.dumps(state))
     flags |= {"max_train_steps": 4, "resume_from_checkpoint": True}
-    if file == "optimizer.bin":  # nothing else is needed: random states are not, as all that is drawn has its own seed
-        assert refusal(flags, script).startswith(f"{checkpoint}: the checkpoint is damaged: ")
+    if files == ["optimizer.bin"]:  # nothing else is needed: all that is drawn has its own seed
+        assert refusal(flags, script).startswith(f"{checkpoint}: ")
     else:
         run(flags, script)
     assert not target.exists()

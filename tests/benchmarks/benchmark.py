@@ -27,8 +27,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import report
-import sizes
+import sizes  # its import makes tests/ importable
 import without
+from freed_memory import KEEP_FREED_MEMORY
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -49,15 +50,10 @@ LEVERS = {
     "cache-workers": {"flags": [*CACHE, *WORKERS], "cached": True},
     "compile": {"flags": ["--compile"]},
     "cache-compile": {"flags": [*CACHE, "--compile"], "cached": True},
-    "cuda-graphs": {"flags": ["--compile", "reduce-overhead"]},
-    "cache-cuda-graphs": {"flags": [*CACHE, "--compile", "reduce-overhead"], "cached": True},
-    "half-precision-norms": {"flags": ["--half_precision_norms"]},
-    "float32-norms": {"without": ["norms-of-cpus"]},  # on a CPU what GPUs do by themselves
-    "unclipped": {"flags": ["--max_grad_norm", "inf"]},
-    "optimizer-in-backward": {"flags": ["--max_grad_norm", "inf", "--optimizer_in_backward"]},
     "gradient-checkpointing": {"flags": ["--gradient_checkpointing"]},
     "8-bit-adamw": {"flags": ["--use_8bit_adam"]},
     "offloaded-average": {"flags": ["--offload_ema"]},
+    "memory-returned": {"memory_returned": True},  # without the variables of `freed_memory.py`, which others have
     # What has no flag: without all of it, and with one alone.
     "bare": {"without": list(without.LEVERS)},
     **{f"bare+{own}": {"without": [name for name in without.LEVERS if name != own]} for own in without.LEVERS},
@@ -215,11 +211,12 @@ def training_command(args, variant, point, steps, folders):
     ]
 
 
-def environment_of(point):
+def environment_of(variant, point):
     """The environment of a run: the CPU's cores are shared out over the processes, unless OMP_NUM_THREADS is set."""
     threads = str(max(1, (os.cpu_count() or 1) // point.processes))
     device = {} if shutil.which("nvidia-smi") else {"ACCELERATE_USE_CPU": "true"}  # else each would train alone there
-    return {"OMP_NUM_THREADS": threads, **device, **os.environ, "HF_HUB_OFFLINE": "1"}
+    memory = {} if LEVERS.get(variant.name, {}).get("memory_returned") else KEEP_FREED_MEMORY
+    return {"OMP_NUM_THREADS": threads, **device, **os.environ, **memory, "HF_HUB_OFFLINE": "1"}
 
 
 def private_bytes(process):
@@ -288,7 +285,7 @@ def train(args, variant, point, steps, folders):
         command = training_command(args, variant, point, steps, folders)
         read_through(folders["images"])
         read_through(folders["cache"])
-        outcome = launch(command, environment_of(point), Path(scratch, "log.txt"))
+        outcome = launch(command, environment_of(variant, point), Path(scratch, "log.txt"))
         if outcome.status:
             raise RunFailed(f"{variant.name}: exit status {outcome.status}: {last_line(outcome.output)}")
         updates = report.read_updates(folders["output"] / "logs")

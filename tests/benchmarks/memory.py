@@ -5,25 +5,23 @@
 A step of the script is gone through in bfloat16 with tensors that have a shape but no content, and the bytes of all
 that are there at a time are added up: weights, gradients, moments, average, what the backward pass needs, frozen
 models. What a GPU takes on top is not in it: CUDA's own half gigabyte or so, work space of kernels, and gaps between
-tensors. The norms' inputs are kept in float32, as autocast has them on GPUs without --half_precision_norms.
+tensors. The norms' inputs are kept in float32, as autocast has them on GPUs.
 """
 
 import argparse
 import contextlib
-import importlib
-import sys
+import functools
 import weakref
-from pathlib import Path
 
 import costs
 import sizes
 import torch
-import without
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
-ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 
 # The flags of a run, with what they do here.
@@ -32,23 +30,11 @@ RUNS = {
     "--use_ema --cache_encodings": {"cached": True},
     "--use_ema --gradient_checkpointing": {"recomputed": True},
     "--use_ema --gradient_checkpointing --use_8bit_adam": {"recomputed": True, "bytes_of_moments": 2},
-    "--use_ema --gradient_checkpointing --use_8bit_adam --optimizer_in_backward --max_grad_norm=inf": {
-        "recomputed": True,
-        "bytes_of_moments": 2,
-        "freed_gradients": True,
-    },
     "--use_ema --offload_ema --gradient_checkpointing --use_8bit_adam": {
         "recomputed": True,
         "bytes_of_moments": 2,
         "average": False,
     },
-    "--use_ema --offload_ema --gradient_checkpointing --use_8bit_adam --optimizer_in_backward --max_grad_norm=inf": {
-        "recomputed": True,
-        "bytes_of_moments": 2,
-        "average": False,
-        "freed_gradients": True,
-    },
-    "--use_ema --half_precision_norms": {"half_norms": True},
 }
 
 
@@ -73,48 +59,46 @@ class LiveBytes(TorchDispatchMode):
         return made
 
 
-def script_of(size):
-    """The module of the script that trains a size."""
-    sys.path.insert(0, str(ROOT))
-    return importlib.import_module(sizes.SIZES[size][0].removesuffix(".py"))
-
-
 def recompute(size, model):
     """--gradient_checkpointing, as the scripts do it."""
     if sizes.kind_of(size) != "prior":
-        return model.enable_gradient_checkpointing()
-    return script_of(size).checkpoint_blocks(model)
+        model.enable_gradient_checkpointing()
+        return
+    for block in model.transformer_blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 
-class NoStep:
-    """An optimizer that takes the gradients and does nothing."""
+@contextlib.contextmanager
+def norms_as_on_gpus():
+    """Have autocast compute norms in float32 on a CPU as well, which it does on GPUs."""
+    own = {name: getattr(functional, name) for name in ("group_norm", "layer_norm")}
+    try:
+        for name, norm in own.items():
+            setattr(functional, name, functools.partial(norm_in_float32, norm))
+        yield
+    finally:
+        for name, norm in own.items():
+            setattr(functional, name, norm)
 
-    def __init__(self, parameters):
-        self.param_groups = [{"params": parameters}]
 
-    def step(self):
-        """Leave the parameters as they are."""
+def norm_in_float32(norm, *arguments, **named):
+    """`norm`, a function of `torch.nn.functional`, as autocast computes it on GPUs."""
+    if not torch.is_autocast_enabled("cpu"):
+        return norm(*arguments, **named)
+    with torch.autocast("cpu", enabled=False):
+        arguments = [value.float() if isinstance(value, torch.Tensor) else value for value in arguments]
+        named = {key: value.float() if isinstance(value, torch.Tensor) else value for key, value in named.items()}
+        return norm(*arguments, **named)
 
 
 def peak_bytes(
-    size,
-    batch_size=1,
-    resolution=None,
-    *,
-    cached=False,
-    recomputed=False,
-    bytes_of_moments=8,
-    average=True,
-    freed_gradients=False,
-    half_norms=False,
+    size, batch_size=1, resolution=None, *, cached=False, recomputed=False, bytes_of_moments=8, average=True
 ):
     """The most bytes that are there at a time in a training step of a size, in bfloat16.
 
-    cached: the frozen models are elsewhere; bytes_of_moments: for each weight; average: it is on the device;
-    freed_gradients: in the backward pass; half_norms: norms take and give bfloat16.
+    cached: the frozen models are elsewhere; bytes_of_moments: for each weight; average: it is on the device.
     """
-    norms = contextlib.nullcontext() if half_norms else without.norms_as_on_gpus()
-    with FakeTensorMode(), LiveBytes() as live, norms:
+    with FakeTensorMode(), LiveBytes() as live, norms_as_on_gpus():
         models = sizes.empty_models(size, device="cpu", frozen_dtype=torch.bfloat16, only_trained=cached)
         shape = {"batch_size": batch_size, "device": "cpu", "dtype": torch.bfloat16}
         calls = costs.inputs_of(size, models, resolution or sizes.SIZES[size][1], **shape)
@@ -123,7 +107,6 @@ def peak_bytes(
         if recomputed:
             recompute(size, model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        in_backward = script_of(size).StepInBackward(NoStep(parameters)) if freed_gradients else None
         kept = [torch.empty_like(parameter) for parameter in parameters if average]
         kept += [torch.empty(bytes_of_moments * p.numel(), dtype=torch.uint8) for p in parameters]
         for _ in range(2):
@@ -133,7 +116,7 @@ def peak_bytes(
                 loss = costs.called(*calls[trained])[0].float().square().mean()
             del made
             loss.backward()
-            norm = in_backward.finish() if in_backward else torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             for parameter in parameters:
                 parameter.grad = None
         del kept, norm

@@ -5,8 +5,6 @@
 Each is replaced by the plain way, in the loaded script: no file is changed.
 """
 
-import contextlib
-import functools
 import importlib.util
 import re
 import sys
@@ -17,19 +15,15 @@ LEVERS = {
     "fused-adamw": "make_optimizer",
     "one-pass-average": "update_ema",
     "channels-last": "to_device",
-    "kept-memory": "keep_freed_memory",
     "byte-pixels": "train_transforms",
     "seldom-reading": "training_losses",
 }
-# What makes no script faster by itself. norms-of-cpus: on a CPU, autocast leaves norms in half precision.
-OTHERS = {"norms-of-cpus": "norm_in_half_precision"}
 
 
 def levers_of(script):
     """What can be taken away from a script (Path), a list of names; nothing from a script that is not in PyTorch."""
     defined = set(re.findall(r"^def (\w+)\(", script.read_text(encoding="utf-8"), re.MULTILINE))
-    levers = {**LEVERS, **OTHERS}
-    return [name for name, function in levers.items() if function in defined] if "to_device" in defined else []
+    return [name for name, function in LEVERS.items() if function in defined] if "to_device" in defined else []
 
 
 def switch_off(module, levers):
@@ -41,48 +35,20 @@ def switch_off(module, levers):
         adamw = torch.optim.AdamW
         torch.optim.AdamW = lambda parameters, **settings: adamw(parameters, **{**settings, "fused": False})
     if "one-pass-average" in levers:
-        module.update_ema = step_average
+        module.update_ema = update_by_tensor
     if "channels-last" in levers:
-        module.to_device = lambda accelerator, model: model.to(accelerator.device)
-    if "kept-memory" in levers:
-        module.keep_freed_memory = lambda: None
+        module.to_device = lambda accelerator, model, trained=False: model.to(accelerator.device)
     if "byte-pixels" in levers:
         as_bytes = module.train_transforms
         module.train_transforms = lambda *arguments: as_bytes(*arguments).astype(np.float32)
     return ["--logging_steps", "1"] if "seldom-reading" in levers else []
 
 
-def step_average(ema, parameters):
-    """Take `parameters` into the average one tensor after the other, as `EMAModel` does by itself."""
-    ema.foreach = False
-    ema.step(parameters)
-
-
-@contextlib.contextmanager
-def norms_as_on_gpus():
-    """Have autocast compute norms in float32 on a CPU as well, which it does on GPUs."""
-    from torch.nn import functional
-
-    own = {name: getattr(functional, name) for name in ("group_norm", "layer_norm")}
-    try:
-        for name, norm in own.items():
-            setattr(functional, name, functools.partial(norm_in_float32, norm))
-        yield
-    finally:
-        for name, norm in own.items():
-            setattr(functional, name, norm)
-
-
-def norm_in_float32(norm, *arguments, **named):
-    """`norm`, a function of `torch.nn.functional`, as autocast computes it on GPUs."""
-    import torch
-
-    if not torch.is_autocast_enabled("cpu"):
-        return norm(*arguments, **named)
-    with torch.autocast("cpu", enabled=False):
-        arguments = [value.float() if isinstance(value, torch.Tensor) else value for value in arguments]
-        named = {key: value.float() if isinstance(value, torch.Tensor) else value for key, value in named.items()}
-        return norm(*arguments, **named)
+def update_by_tensor(ema, model, step):
+    """Do what `update_ema` does, one tensor after the other."""
+    decay = min(0.9999, step / (9 + step)) if step > 1 else 0
+    for average, weight in zip(ema.parameters(), model.parameters(), strict=True):
+        average.lerp_(weight.detach(), 1 - decay)  # ema's parameters need no gradient
 
 
 def main(levers, path, *flags):
@@ -90,9 +56,7 @@ def main(levers, path, *flags):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     sys.modules[path.stem] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    levers = levers.split(",")
-    with norms_as_on_gpus() if "norms-of-cpus" in levers else contextlib.nullcontext():
-        module.main(module.parse_args([*flags, *switch_off(module, levers)]))
+    module.main(module.parse_args([*flags, *switch_off(module, levers.split(","))]))
 
 
 if __name__ == "__main__":
