@@ -962,7 +962,7 @@ class UNetBlock(nnx.Module):
         self.upsamplers = resamplers(channels, doubles, rngs)
 
     def __call__(self, x, time_embedding, context, skips=None, like=None):
-        """The outputs of all layers. skips: further inputs on the way up; like: an array of the sides to upsample to."""
+        """The outputs of all layers. skips: further inputs on the way up; like: has the sides to upsample to."""
         outputs = []
         for k, resnet in enumerate(self.resnets):
             x = resnet(x if skips is None else jnp.concatenate([x, skips[k]], axis=-1), time_embedding)
