@@ -1916,7 +1916,7 @@ def device_mesh(devices):
 def place(array, mesh, spec=None):
     """Put an array that every process holds on the devices of the mesh, by default whole on each."""
     array, sharding = np.asarray(array), NamedSharding(mesh, spec or PartitionSpec())
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.make_array_from_process_local_data(sharding, array, array.shape)
 
 
 def on_devices(weights, mesh, dtype):
