@@ -699,7 +699,7 @@ def convolution(in_channels, out_channels, size, rngs, **options):
 
 
 def group_norm(channels, config, epsilon, rngs):
-    """Group normalisation in config.norm_num_groups groups; the variance is computed in two passes, as in PyTorch."""
+    """Group normalisation; the variance is computed in two passes, as in PyTorch."""
     return nnx.GroupNorm(channels, config.norm_num_groups, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
 
@@ -962,8 +962,7 @@ class UNetBlock(nnx.Module):
         self.upsamplers = resamplers(channels, doubles, rngs)
 
     def __call__(self, x, time_embedding, context, skips=None, like=None):
-        """Returns the output of each layer. skips: on the way up, further inputs of the residual blocks; like: an array
-        of the sides to upsample to."""
+        """The outputs of all layers. skips: further inputs on the way up; like: has the sides to upsample to."""
         outputs = []
         for k, resnet in enumerate(self.resnets):
             x = resnet(x if skips is None else jnp.concatenate([x, skips[k]], axis=-1), time_embedding)
@@ -1568,13 +1567,9 @@ def cached_encodings(args, dataset, settings, weights, encode):
     missing = on_first_process(lambda: [chunk for chunk in chunks if not os.path.exists(chunk[0])])
     own = missing[jax.process_index() :: jax.process_count()]
 
-    def stop_if_noted():
-        if noted:
-            logger.warning(f"stopped by {signal.Signals(noted[0][0]).name} while encoding; the same command resumes")
-            sys.exit(128 + noted[0][0])
-
     def encode_batch(rows):
-        stop_if_noted()
+        if noted:
+            sys.exit(128 + noted[0][0])
         rows[args.image_column] = threads.map(read_image, rows[args.image_column])
         encodings = encode(rows)
         progress_bar.update(len(encodings))
@@ -1584,14 +1579,20 @@ def cached_encodings(args, dataset, settings, weights, encode):
         with naming(f"--cache_encodings: rows {first} to {last} cannot be encoded to {path}"):
             chunk, name = dataset.select(range(first, last)), Path(path).stem
             chunk.map(encode_batch, cache_file_name=path, new_fingerprint=name, **options)
-        stop_if_noted()
+        if noted:  # in the last batch
+            sys.exit(128 + noted[0][0])
 
     options = {"batched": True, "batch_size": args.train_batch_size * jax.local_device_count()}
     options |= {"remove_columns": dataset.column_names, "writer_batch_size": 100}
     progress_bar = tqdm(total=sum(chunk[2] - chunk[1] for chunk in own), desc="encoding", unit="image", disable=not own)
     with noted_signals() as noted, ThreadPool() as threads, progress_bar:
         for turn in range(math.ceil(len(missing) / jax.process_count())):
-            on_all_processes(lambda turn=turn: [encode_chunk(*chunk) for chunk in own[turn : turn + 1]])
+            try:
+                on_all_processes(lambda turn=turn: [encode_chunk(*chunk) for chunk in own[turn : turn + 1]])
+            except SystemExit as stop:
+                name = signal.Signals(stop.code - 128).name
+                logger.warning(f"stopped by {name} while encoding; the same command resumes")
+                raise
     with naming(f"--cache_encodings {args.cache_encodings}"):
         return datasets.concatenate_datasets([datasets.Dataset.from_file(path) for path, *_ in chunks])
 
@@ -1812,19 +1813,14 @@ def connect_hosts():
 
 def set_up_logging():
     """Let the first process log, the others only errors, and silence the libraries."""
-    logger.handlers, logger.propagate = [AboveProgressBar()], False
+    above_bar = logging.Handler()
+    above_bar.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    above_bar.emit = lambda record: tqdm.write(printable(above_bar.format(record)), file=sys.stderr)
+    logger.handlers, logger.propagate = [above_bar], False
     logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(max(logger.level, logging.WARNING))
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs every error that it raises, over pages
-
-
-class AboveProgressBar(logging.Handler):
-    """Writes log lines to stderr without breaking the progress bar."""
-
-    def emit(self, record):
-        line = f"{time.strftime('%H:%M:%S')} {record.levelname} {record.getMessage()}"
-        tqdm.write(printable(line), file=sys.stderr)
 
 
 def gather_values(value):
@@ -1920,7 +1916,7 @@ def device_mesh(devices):
 def place(array, mesh, spec=None):
     """Put an array that every process holds on the devices of the mesh, by default whole on each."""
     array, sharding = np.asarray(array), NamedSharding(mesh, spec or PartitionSpec())
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+    return jax.make_array_from_process_local_data(sharding, array, array.shape)
 
 
 def on_devices(weights, mesh, dtype):
