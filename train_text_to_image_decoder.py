@@ -605,8 +605,7 @@ def load_train_dataset(args, flags, seed):
     columns = [getattr(args, flag) for flag in flags]
     for flag, column in zip(flags, columns, strict=True):
         if column not in dataset.column_names:
-            found = ", ".join(dataset.column_names)
-            raise RunError(f"--{flag} {column}: no such column in {found}; a folder has its captions in metadata.jsonl")
+            raise RunError(f"--{flag} {column}: no such column in {dataset.column_names}; a folder has metadata.jsonl")
         feature, values = dataset.features[column], dataset.data.column(column)
         is_list = isinstance(feature, datasets.List)
         is_text = getattr(feature.feature if is_list else feature, "dtype", None) in ("string", "large_string")

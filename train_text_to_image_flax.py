@@ -1428,8 +1428,9 @@ def naming(what):
 def load_train_dataset(args, flags, seed):
     """Load the columns of the training split that `flags` name, images undecoded. Raises RunError."""
     source = args.dataset_name or args.train_data_dir
-    missing = "" if args.dataset_name or Path(source).is_dir() else " (no such folder)"
-    with naming(f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}{missing}"):
+    if not args.dataset_name and not Path(source).is_dir():
+        raise RunError(f"--train_data_dir {source}: there is no such folder")
+    with naming(f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}"):
         if Path(source, "state.json").is_file() or Path(source, "dataset_dict.json").is_file():
             dataset = datasets.load_from_disk(source)
         elif args.dataset_name:
@@ -1442,8 +1443,7 @@ def load_train_dataset(args, flags, seed):
     columns = [getattr(args, flag) for flag in flags]
     for flag, column in zip(flags, columns, strict=True):
         if column not in dataset.column_names:
-            found = ", ".join(dataset.column_names)
-            raise RunError(f"--{flag} {column}: no such column in {found}; a folder has its captions in metadata.jsonl")
+            raise RunError(f"--{flag} {column}: no such column in {dataset.column_names}; a folder has metadata.jsonl")
         feature, values = dataset.features[column], dataset.data.column(column)
         is_list = isinstance(feature, datasets.List)
         is_text = getattr(feature.feature if is_list else feature, "dtype", None) in ("string", "large_string")
@@ -1687,7 +1687,11 @@ def read_checkpoint(checkpoint):
                 raise ValueError(f"{name} is not {size} bytes long")
         return state
     except (OSError, ValueError, KeyError) as error:
-        logger.warning(f"{checkpoint}: not a complete checkpoint of this script: {error}")
+        foreign = (checkpoint / "random_states_0.pkl").exists()
+        hint = (
+            "; it is of the diffusers script: take its weights as part of a pipeline to start from" if foreign else ""
+        )
+        logger.warning(f"{checkpoint}: not a complete checkpoint of this script: {error}{hint}")
 
 
 def check_resume(args, checkpoint, before, run):
@@ -1752,8 +1756,12 @@ class CheckpointWriter:
 
 
 def flush_to_disk(*paths):
-    """Wait until files, and the names in folders, are on disk."""
+    """Wait until files, and the names in folders, are on disk. Files get the mode of the umask, also safetensors."""
+    umask = os.umask(0)
+    os.umask(umask)
     for path in paths:
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
         with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
             descriptor = os.open(path, os.O_RDONLY)  # Windows and some network disks refuse folders
             os.fsync(descriptor)
@@ -1768,6 +1776,7 @@ def check_output_dir(args, *models):
         "is the model to start from": folder in [Path(model).resolve() for model in models],
         "holds the training images": Path(args.train_data_dir or "/").resolve().is_relative_to(folder),
         "has a README.md of something else": (folder / "README.md").exists() > (folder / "model_index.json").exists(),
+        f"--logging_dir {args.logging_dir} is a file": (folder / args.logging_dir).is_file(),
         f"no permission to write to {existing}": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
     }
     for problem, found in problems.items():
@@ -2124,11 +2133,11 @@ def push_to_hub(args, repo_id):
     options = {"repo_id": repo_id, "folder_path": args.output_dir, "ignore_patterns": ignored}
     for pause in (10, 60, None):  # seconds; the Hub may be unavailable at the end of days of training
         try:
-            with naming(f"--push_to_hub; upload it by: {command}"):
+            with naming("--push_to_hub"):
                 return HfApi(token=args.hub_token).upload_folder(**options)
         except RunError as error:
             if pause is None:
-                raise
+                raise RunError(f"{error}; the result is in {args.output_dir}, upload it by: {command}") from error
             logger.warning(f"{error}; trying again in {pause} s")
             time.sleep(pause)
 
