@@ -57,7 +57,7 @@ def number(kind, rule, holds):
             raise argparse.ArgumentTypeError(f"{rule}, not {text}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse says it if the text is no number
+    convert.__name__ = kind.__name__  # argparse's message for a text that is no number shows this name
     return convert
 
 
@@ -71,8 +71,8 @@ def parse_args(input_args=None):
     decay = number(float, "must be from 0 to below 1", lambda value: 0 <= value < 1)
     limit = number(float, "must be larger than 0", lambda value: value > 0)  # inf: no limit
 
-    description, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s FLAGS (--help lists them)"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=description)
+    formatter, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s FLAGS (--help lists them)"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=formatter)
     interpolations = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     trackers = ["all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"]
@@ -89,14 +89,14 @@ def parse_args(input_args=None):
     add("--dataset_config_name", help="configuration of the data set, if it has several")
     add("--train_data_dir", help="folder of images with a metadata.jsonl of captions")
     add("--image_column", default="image", help="column of the images")
-    add("--caption_column", default="text", help="column of the captions; of a list of captions, one is sampled")
+    add("--caption_column", default="text", help="column of the captions; if a row has a list, one is sampled")
     add("--max_train_samples", type=count, help="train on this many rows, sampled with --seed")
     add("--resolution", type=count, default=512, help="side of the square training images, in pixels")
     add("--center_crop", action="store_true", help="crop the centre instead of a random square")
     add("--random_flip", action="store_true", help="flip half of the images horizontally, at random")
     add("--image_interpolation_mode", default="lanczos", choices=interpolations, help="filter for resizing images")
     add("--proportion_empty_prompts", type=probability, default=0, help="probability of an empty caption, for guidance")
-    add("--dataloader_num_workers", type=natural, help="processes that read images; default: 0, with a GPU up to 8")
+    add("--dataloader_num_workers", type=natural, help="reading processes; default: up to 8 with a GPU, else 0")
     add("--cache_encodings", help="folder for cached outputs of the frozen encoders, computed once before training")
     add("--skip_bad_images", action="store_true", help="read all images before training and skip unreadable ones")
 
@@ -115,7 +115,7 @@ def parse_args(input_args=None):
     add("--num_train_epochs", type=count, default=100, help="passes over the data, unless --max_train_steps is given")
     add("--max_train_steps", type=count, help="total number of updates")
     add("--learning_rate", type=positive, default=1e-4, help="peak learning rate")
-    add("--scale_lr", action="store_true", help="multiply it by devices x accumulation steps x batch size")
+    add("--scale_lr", action="store_true", help="multiply that rate by devices x accumulation steps x batch size")
     add("--lr_scheduler", default="constant", choices=schedules, help="learning rate schedule, over updates")
     add("--lr_warmup_steps", type=natural, default=500, help="updates of linear warm-up (not for 'constant')")
     add("--adam_beta1", type=decay, default=0.9, help="AdamW's beta1")
@@ -134,7 +134,7 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("EMA").add_argument
     add("--use_ema", action="store_true", help="validate and save an exponential moving average of the weights")
-    add("--offload_ema", action="store_true", help="keep the average in main memory")
+    add("--offload_ema", action="store_true", help="keep the average in CPU memory")
     add("--foreach_ema", action="store_true", help="accepted and not needed: the average is always updated that way")
 
     add = parser.add_argument_group("checkpoints").add_argument
@@ -147,7 +147,7 @@ def parse_args(input_args=None):
     add("--validation_prompts", nargs="+", help="prompts to generate pictures of, during training and at the end")
     add("--validation_epochs", type=count, default=5, help="epochs between validations")
     add("--validation_steps", type=count, help="updates between validations, instead of epochs")
-    add("--logging_steps", type=count, default=10, help="updates between readings of the loss; all are logged")
+    add("--logging_steps", type=count, default=10, help="updates between writings of the log; it has every update")
     add("--logging_dir", default="logs", help="folder of the TensorBoard logs, inside --output_dir")
     add("--report_to", default="tensorboard", choices=["none", *trackers], help="tracker, or all installed")
     add("--tracker_project_name", default="text2image-fine-tune", help="name of the project in the tracker")
@@ -170,7 +170,7 @@ def parse_args(input_args=None):
         parser.error("argument --logging_dir: must name a folder of its own")
     if os.path.normpath(os.path.join("logs", args.tracker_project_name)).split(os.sep)[0] != "logs":
         parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the folder of logs")
-    if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # a connection error would print it
+    if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # else connection errors print it
         parser.error("argument --hub_token: contains a space, a line break or a character outside ASCII")
     return args
 
@@ -211,7 +211,7 @@ def train_transforms(image, resolution, interpolation, center_crop, random_flip,
     """
     resampling = PIL.Image.Resampling[interpolation.removesuffix("_exact").upper()]
     image = image.resize([int(resolution * side / min(image.size)) for side in image.size], resampling)
-    # Always three random numbers: a flag changes nothing else about the example.
+    # Always three random numbers, so that no flag changes those drawn after them.
     top, left, flip = rng.random(3)
     if center_crop:
         top, left = round((image.height - resolution) / 2), round((image.width - resolution) / 2)
@@ -224,7 +224,7 @@ def train_transforms(image, resolution, interpolation, center_crop, random_flip,
 
 
 def choose_caption(captions, proportion_empty_prompts, rng):
-    """Sample one of `captions` (a str, or a sequence of them), or "" with the given probability."""
+    """Sample one of `captions` (a str, or a sequence of captions in any form), or "" with the given probability."""
     choice, dropout = rng.random(2)
     if dropout < proportion_empty_prompts:
         return ""
@@ -275,7 +275,7 @@ def encode_rows(args, tokenizer, vae, text_encoder, rows):
 
     Returns bytes of safetensors per row: "moments" (flips, 2 · channels, h, w) and "text_states" (captions, 77, width).
     """
-    crop = (args.resolution, args.image_interpolation_mode, True, False, random_generator(0))
+    crop = (args.resolution, args.image_interpolation_mode, True, False, random_generator(0))  # no number is used
     with ThreadPool() as threads:
         images = threads.map(lambda image: train_transforms(image, *crop), rows[args.image_column])
     pixel_values = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
@@ -285,7 +285,7 @@ def encode_rows(args, tokenizer, vae, text_encoder, rows):
     input_ids = torch.from_numpy(tokenize_captions(list(itertools.chain(*captions)), tokenizer).input_ids)
     text_states = encode_captions(input_ids, text_encoder).cpu().split([len(texts) for texts in captions])
     pairs = zip(moments, text_states, strict=True)
-    return [save({"moments": moments, "text_states": states.clone()}) for moments, states in pairs]
+    return [save({"moments": moments, "text_states": states}) for moments, states in pairs]
 
 
 def preprocess_encoded(args, empty_caption, latents_shape, num_train_timesteps, row, rng):
@@ -298,13 +298,13 @@ def preprocess_encoded(args, empty_caption, latents_shape, num_train_timesteps, 
     text_states = choose_caption(encodings["text_states"], args.proportion_empty_prompts, rng)
     example = {
         "moments": encodings["moments"][int(args.random_flip and flip < 0.5)],
-        "text_states": empty_caption if isinstance(text_states, str) else text_states,
+        "text_states": empty_caption if isinstance(text_states, str) else text_states,  # "" was chosen
     }
     return {**example, **draw_noise(args, latents_shape, num_train_timesteps, rng)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Objective: pure functions of tensors.
+# Objective: from a batch to its losses. Nothing here is random.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -332,7 +332,7 @@ def predicted_noise(prediction_type, prediction, noisy, alphas_cumprod):
 
 
 def signal_to_noise_ratio(alphas_cumprod):
-    """SNR = ᾱ / (1 − ᾱ) (arXiv:2303.09556, section 3): 0 at zero terminal SNR, infinite at ᾱ = 1."""
+    """SNR = ᾱ / (1 − ᾱ) (arXiv:2303.09556, section 3): 0 at ᾱ = 0, infinite at ᾱ = 1."""
     return alphas_cumprod / (1 - alphas_cumprod)
 
 
@@ -555,13 +555,13 @@ def main(args):
     prediction_type = args.prediction_type or noise_scheduler.config.prediction_type
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
     check_objective(prediction_type, alphas_cumprod)
-    check_schedulers(pipeline, validation_pipeline)
     for each in filter(None, (pipeline, validation_pipeline)):
         each.scheduler.register_to_config(prediction_type=prediction_type)  # sample as trained
+    check_schedulers(pipeline, validation_pipeline)
 
     # Data, and the length of the run.
     dataset = load_train_dataset(args, ["image_column", "caption_column"], seed)
-    if args.skip_bad_images or not args.cache_encodings:
+    if args.skip_bad_images or not args.cache_encodings:  # else the encoding names bad images
         dataset = dataset.select(on_main_process(accelerator, readable_rows, args, dataset))
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     examples_left = max(0, args.num_train_epochs * len(dataset) - examples_seen)
@@ -601,7 +601,7 @@ def main(args):
     # Loop.
     logger.info(f"{len(dataset)} images, {batch_size} per step, steps {first_step} to {last_step}, seed {seed}")
     log, stop = UpdateLog(accelerator, args, run, first_step, last_step), 0
-    cpus = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    cpu_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     with contextlib.closing(batches), noted_signals() as noted:
         for step in range(first_step + 1, last_step + 1):
             losses = []
@@ -621,7 +621,7 @@ def main(args):
             lr_scheduler.step()
             examples_seen += batch_size
 
-            stop = noted_anywhere(noted, cpus) if step < last_step else 0
+            stop = noted_anywhere(noted, cpu_group) if step < last_step else 0
             save = stop or step % args.checkpointing_steps == 0
             draw = args.validation_prompts and step < last_step and not stop
             draw = draw and examples_seen // validation_period > (examples_seen - batch_size) // validation_period
@@ -643,7 +643,7 @@ def main(args):
             sys.exit(128 + stop)
         save_pipeline(accelerator, args, pipeline, unet=ema_unet or unet)
 
-    # Result.
+    # Validation of the result, and the model card.
     validation_image = None
     if args.validation_prompts:
         validation_image = log_validation(validation_pipeline, ema_unet or unet, accelerator, args, seed, last_step)

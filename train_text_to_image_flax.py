@@ -60,7 +60,7 @@ def number(kind, rule, holds):
             raise argparse.ArgumentTypeError(f"{rule}, not {text}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse says it if the text is no number
+    convert.__name__ = kind.__name__  # argparse's message for a text that is no number shows this name
     return convert
 
 
@@ -74,8 +74,8 @@ def parse_args(input_args=None):
     decay = number(float, "must be from 0 to below 1", lambda value: 0 <= value < 1)
     limit = number(float, "must be larger than 0", lambda value: value > 0)  # inf: no limit
 
-    description, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s FLAGS (--help lists them)"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=description)
+    formatter, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s FLAGS (--help lists them)"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=formatter)
     interpolations = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
@@ -92,7 +92,7 @@ def parse_args(input_args=None):
     add("--dataset_config_name", help="configuration of the data set, if it has several")
     add("--train_data_dir", help="folder of images with a metadata.jsonl of captions")
     add("--image_column", default="image", help="column of the images")
-    add("--caption_column", default="text", help="column of the captions; of a list of captions, one is sampled")
+    add("--caption_column", default="text", help="column of the captions; if a row has a list, one is sampled")
     add("--max_train_samples", type=count, help="train on this many rows, sampled with --seed")
     add("--resolution", type=count, default=512, help="side of the square training images, in pixels")
     add("--center_crop", action="store_true", help="crop the centre instead of a random square")
@@ -118,7 +118,7 @@ def parse_args(input_args=None):
     add("--num_train_epochs", type=count, default=100, help="passes over the data, unless --max_train_steps is given")
     add("--max_train_steps", type=count, help="total number of updates")
     add("--learning_rate", type=positive, default=1e-4, help="peak learning rate")
-    add("--scale_lr", action="store_true", help="multiply it by devices x accumulation steps x batch size")
+    add("--scale_lr", action="store_true", help="multiply that rate by devices x accumulation steps x batch size")
     add("--lr_scheduler", default="constant", choices=schedules, help="learning rate schedule, over updates")
     add("--lr_warmup_steps", type=natural, default=500, help="updates of linear warm-up (not for 'constant')")
     add("--adam_beta1", type=decay, default=0.9, help="AdamW's beta1")
@@ -143,7 +143,7 @@ def parse_args(input_args=None):
     add("--validation_prompts", nargs="+", help="prompts to generate pictures of, during training and at the end")
     add("--validation_epochs", type=count, default=5, help="epochs between validations")
     add("--validation_steps", type=count, help="updates between validations, instead of epochs")
-    add("--logging_steps", type=count, default=10, help="updates between readings of the loss; all are logged")
+    add("--logging_steps", type=count, default=10, help="updates between writings of the log; it has every update")
     add("--logging_dir", default="logs", help="folder of the TensorBoard logs, inside --output_dir")
     add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "all"], help="tracker, or all of them")
     add("--tracker_project_name", default="text2image-fine-tune", help="name of the project in the tracker")
@@ -198,7 +198,7 @@ def train_transforms(image, resolution, interpolation, center_crop, random_flip,
     """
     resampling = PIL.Image.Resampling[interpolation.removesuffix("_exact").upper()]
     image = image.resize([int(resolution * side / min(image.size)) for side in image.size], resampling)
-    # Always three random numbers: a flag changes nothing else about the example.
+    # Always three random numbers, so that no flag changes those drawn after them.
     top, left, flip = rng.random(3)
     if center_crop:
         top, left = round((image.height - resolution) / 2), round((image.width - resolution) / 2)
@@ -211,7 +211,7 @@ def train_transforms(image, resolution, interpolation, center_crop, random_flip,
 
 
 def choose_caption(captions, proportion_empty_prompts, rng):
-    """Sample one of `captions` (a str, or a sequence of them), or "" with the given probability."""
+    """Sample one of `captions` (a str, or a sequence of captions in any form), or "" with the given probability."""
     choice, dropout = rng.random(2)
     if dropout < proportion_empty_prompts:
         return ""
@@ -269,7 +269,7 @@ def preprocess_encoded(args, dtype, empty_caption, row, rng):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Objective: pure functions of arrays.
+# Objective: from a batch to its losses.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -297,7 +297,7 @@ def predicted_noise(prediction_type, prediction, noisy, alphas_cumprod):
 
 
 def signal_to_noise_ratio(alphas_cumprod):
-    """SNR = ᾱ / (1 − ᾱ) (arXiv:2303.09556, section 3): 0 at zero terminal SNR, infinite at ᾱ = 1."""
+    """SNR = ᾱ / (1 − ᾱ) (arXiv:2303.09556, section 3): 0 at ᾱ = 0, infinite at ᾱ = 1."""
     return alphas_cumprod / (1 - alphas_cumprod)
 
 

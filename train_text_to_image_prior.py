@@ -57,7 +57,7 @@ def number(kind, rule, holds):
             raise argparse.ArgumentTypeError(f"{rule}, not {text}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse says it if the text is no number
+    convert.__name__ = kind.__name__  # argparse's message for a text that is no number shows this name
     return convert
 
 
@@ -71,8 +71,8 @@ def parse_args(input_args=None):
     decay = number(float, "must be from 0 to below 1", lambda value: 0 <= value < 1)
     limit = number(float, "must be larger than 0", lambda value: value > 0)  # inf: no limit
 
-    description, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s FLAGS (--help lists them)"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=description)
+    formatter, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s FLAGS (--help lists them)"
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=formatter)
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     trackers = ["all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"]
     prior, decoder = "kandinsky-community/kandinsky-2-2-prior", "kandinsky-community/kandinsky-2-2-decoder"
@@ -87,11 +87,11 @@ def parse_args(input_args=None):
     add("--dataset_config_name", help="configuration of the data set, if it has several")
     add("--train_data_dir", help="folder of images with a metadata.jsonl of captions")
     add("--image_column", default="image", help="column of the images")
-    add("--caption_column", default="text", help="column of the captions; of a list of captions, one is sampled")
+    add("--caption_column", default="text", help="column of the captions; if a row has a list, one is sampled")
     add("--max_train_samples", type=count, help="train on this many rows, sampled with --seed")
     add("--resolution", type=count, default=512, help="side of validation pictures, in pixels (not of training images)")
     add("--proportion_empty_prompts", type=probability, default=0, help="probability of an empty caption, for guidance")
-    add("--dataloader_num_workers", type=natural, help="processes that read images; default: 0, with a GPU up to 8")
+    add("--dataloader_num_workers", type=natural, help="reading processes; default: up to 8 with a GPU, else 0")
     add("--cache_encodings", help="folder for cached outputs of the frozen encoders, computed once before training")
     add("--skip_bad_images", action="store_true", help="read all images before training and skip unreadable ones")
 
@@ -133,7 +133,7 @@ def parse_args(input_args=None):
     add("--validation_prompts", nargs="+", help="prompts to generate pictures of, during training and at the end")
     add("--validation_epochs", type=count, default=5, help="epochs between validations")
     add("--validation_steps", type=count, help="updates between validations, instead of epochs")
-    add("--logging_steps", type=count, default=10, help="updates between readings of the loss; all are logged")
+    add("--logging_steps", type=count, default=10, help="updates between writings of the log; it has every update")
     add("--logging_dir", default="logs", help="folder of the TensorBoard logs, inside --output_dir")
     add("--report_to", default="tensorboard", choices=["none", *trackers], help="tracker, or all installed")
     add("--tracker_project_name", default="text2image-fine-tune", help="name of the project in the tracker")
@@ -154,7 +154,7 @@ def parse_args(input_args=None):
         parser.error("argument --logging_dir: must name a folder of its own")
     if os.path.normpath(os.path.join("logs", args.tracker_project_name)).split(os.sep)[0] != "logs":
         parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the folder of logs")
-    if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # a connection error would print it
+    if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # else connection errors print it
         parser.error("argument --hub_token: contains a space, a line break or a character outside ASCII")
     return args
 
@@ -188,7 +188,7 @@ from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTo
 
 
 def choose_caption(captions, proportion_empty_prompts, rng):
-    """Sample one of `captions` (a str, or a sequence of them), or "" with the given probability."""
+    """Sample one of `captions` (a str, or a sequence of captions in any form), or "" with the given probability."""
     choice, dropout = rng.random(2)
     if dropout < proportion_empty_prompts:
         return ""
@@ -254,7 +254,7 @@ def preprocess_encoded(args, empty_caption, embedding_dim, num_train_timesteps, 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Objective: pure functions of tensors.
+# Objective: from a batch to its losses. Nothing here is random.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -264,7 +264,7 @@ def add_noise(clean, noise, alphas_cumprod):
 
 
 def signal_to_noise_ratio(alphas_cumprod):
-    """SNR = ᾱ / (1 − ᾱ) (arXiv:2303.09556, section 3): 0 at zero terminal SNR, infinite at ᾱ = 1."""
+    """SNR = ᾱ / (1 − ᾱ) (arXiv:2303.09556, section 3): 0 at ᾱ = 0, infinite at ᾱ = 1."""
     return alphas_cumprod / (1 - alphas_cumprod)
 
 
@@ -460,7 +460,7 @@ def main(args):
 
     # Data, and the length of the run.
     dataset = load_train_dataset(args, ["image_column", "caption_column"], seed)
-    if args.skip_bad_images or not args.cache_encodings:
+    if args.skip_bad_images or not args.cache_encodings:  # else the encoding names bad images
         dataset = dataset.select(on_main_process(accelerator, readable_rows, args, dataset))
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     examples_left = max(0, args.num_train_epochs * len(dataset) - examples_seen)
@@ -500,7 +500,7 @@ def main(args):
     # Loop.
     logger.info(f"{len(dataset)} images, {batch_size} per step, steps {first_step} to {last_step}, seed {seed}")
     log, stop = UpdateLog(accelerator, args, run, first_step, last_step), 0
-    cpus = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+    cpu_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     with contextlib.closing(batches), noted_signals() as noted:
         for step in range(first_step + 1, last_step + 1):
             losses = []
@@ -522,7 +522,7 @@ def main(args):
             lr_scheduler.step()
             examples_seen += batch_size
 
-            stop = noted_anywhere(noted, cpus) if step < last_step else 0
+            stop = noted_anywhere(noted, cpu_group) if step < last_step else 0
             save = stop or step % args.checkpointing_steps == 0
             draw = args.validation_prompts and step < last_step and not stop
             draw = draw and examples_seen // validation_period > (examples_seen - batch_size) // validation_period
@@ -543,7 +543,7 @@ def main(args):
             sys.exit(128 + stop)
         save_pipeline(accelerator, args, pipeline, prior=evaluated)
 
-    # Result.
+    # Validation of the result, and the model card.
     validation_image = None
     if args.validation_prompts:
         validation_image = log_validation(validation_pipeline, decoder, evaluated, accelerator, args, seed, last_step)

@@ -42,6 +42,7 @@ OWN = {
 }
 # Flags that differ on purpose: {flag: why}.
 INTENDED_FLAGS = {
+    "train_data_dir": "the decoder needs no captions",
     "proportion_empty_prompts": "the decoder has no captions",
     "resolution": "the prior never sees pixels at it: its image processor decides",
     "output_dir": "the upstream scripts' defaults",
