@@ -100,7 +100,8 @@ def read_image(value):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        raise RunError(f"image {value['path'] or '(unnamed)'} cannot be read: {error}") from error
+        name = value["path"] or value.get("name", "(unnamed)")
+        raise RunError(f"image {name} cannot be read: {error}") from error
 
 
 def check_row(args, dataset, tokenizer, row):

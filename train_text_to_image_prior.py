@@ -538,9 +538,7 @@ def main(args):
         log.bar.close()
         if stop:
             accelerator.end_training()
-            name = signal.Signals(stop).name
-            logger.warning(f"stopped by {name} after step {step}; --resume_from_checkpoint resumes")
-            sys.exit(128 + stop)
+            exit_after(stop, f"after step {step}; --resume_from_checkpoint resumes")
         save_pipeline(accelerator, args, pipeline, prior=evaluated)
 
     # Validation of the result, and the model card.
@@ -550,7 +548,7 @@ def main(args):
     accelerator.end_training()
     if accelerator.is_main_process:
         save_model_card(args, repo_id or args.output_dir, seed, last_step, validation_image)
-        logger.info(f"saved the pipeline in {args.output_dir}")
+        logger.info(f"saved the pipeline in {args.output_dir}" + ", no update was left" * (first_step == last_step))
         if args.push_to_hub:
             push_to_hub(args, repo_id)
 
@@ -655,7 +653,8 @@ def read_image(value):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        raise RunError(f"image {value['path'] or '(unnamed)'} cannot be read: {error}") from error
+        name = value["path"] or value.get("name", "(unnamed)")
+        raise RunError(f"image {name} cannot be read: {error}") from error
 
 
 def random_generator(seed, *key):
@@ -718,18 +717,11 @@ def cached_encodings(accelerator, args, dataset, settings, models, encode):
     chunks = on_main_process(accelerator, list_chunks, args, dataset, settings, models)
     own = [chunk for chunk in chunks if not chunk[0].exists()][accelerator.process_index :: accelerator.num_processes]
 
-    def read(image, row):
-        try:
-            return read_image(image)
-        except RunError as error:
-            raise RunError(f"row {row}: {error}") from error
-
     def encode_batch(rows, indices, first_row):
-        if noted:
-            logger.warning(f"stopped by {signal.Signals(noted[0][0]).name} while encoding; the same command resumes")
-            sys.exit(128 + noted[0][0])
-        images = zip(rows[args.image_column], (first_row + index for index in indices), strict=True)
-        rows[args.image_column] = threads.starmap(read, images)
+        exit_after(noted_anywhere(noted, None), "while encoding; the same command resumes")
+        images = zip(indices, rows[args.image_column], strict=True)
+        images = [{**image, "name": f"of row {first_row + index}"} for index, image in images]
+        rows[args.image_column] = threads.map(read_image, images)
         encodings = encode(rows)
         bar.update(len(encodings))
         return {"encodings": encodings}
@@ -741,8 +733,9 @@ def cached_encodings(accelerator, args, dataset, settings, models, encode):
     with visiting(accelerator, *(models if own else [])), noted_signals() as noted, ThreadPool() as threads, bar:
         for path, rows in own:
             with naming(f"--cache_encodings: rows {rows.start} to {rows.stop} cannot be encoded to {path}"):
-                options |= {"new_fingerprint": path.stem, "fn_kwargs": {"first_row": rows.start}}
-                dataset.select(rows).map(encode_batch, cache_file_name=str(path), **options)
+                own_options = {"new_fingerprint": path.stem, "fn_kwargs": {"first_row": rows.start}}
+                dataset.select(rows).map(encode_batch, cache_file_name=str(path), **options, **own_options)
+    exit_after(noted_anywhere(noted, None), "while encoding; the same command resumes")
     accelerator.wait_for_everyone()
     parts = []
     for path, _ in chunks:
@@ -951,7 +944,7 @@ def check_output_dir(args, *models):
         "is the model to start from": folder in [Path(model).resolve() for model in models],
         "holds the training images": Path(args.train_data_dir or "/").resolve().is_relative_to(folder),
         "has a README.md of something else": (folder / "README.md").exists() > (folder / "model_index.json").exists(),
-        f"--logging_dir {args.logging_dir} is a file": (folder / args.logging_dir).is_file(),
+        "--logging_dir is a file": (folder / args.logging_dir).is_file(),
         f"no permission to write to {existing}": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
     }
     for problem, found in problems.items():
@@ -1023,7 +1016,11 @@ def make_accelerator(args):
         library.utils.logging.set_verbosity(max(logger.level, logging.WARNING))
         library.utils.logging.disable_progress_bar()
     if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys() and "RANK" not in os.environ:
-        raise RunError("accelerate launch: this process would train alone; add --multi_gpu, or on CPUs use torchrun")
+        logger.warning("accelerate launch: this process trains alone; add --multi_gpu, or on CPUs use torchrun")
+        if os.environ["MASTER_ADDR"] not in ("127.0.0.1", "localhost"):
+            raise RunError(
+                "accelerate launch: this is one of several processes, but would train alone; add --multi_gpu"
+            )
     return accelerator
 
 
@@ -1065,6 +1062,13 @@ def ignore_stop_signals(worker):
     """Leave stop signals to the main process: schedulers send them to all, and it still needs its data workers."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
+
+
+def exit_after(signum, where):
+    """Exit with status 128 + signum at a point where the run can resume; not for 0."""
+    if signum:
+        logger.warning(f"stopped by {signal.Signals(signum).name} {where}")
+        sys.exit(128 + signum)
 
 
 def end_workers():
@@ -1168,8 +1172,6 @@ class UpdateLog:
     """Starts the trackers and logs every update, but reads loss and gradient norm from the device only in `flush`."""
 
     def __init__(self, accelerator, args, run, first_step, last_step):
-        if first_step == last_step:
-            logger.info(f"no update is left after step {first_step}: only the result is saved")
         self.accelerator, self.batch_size = accelerator, run["batch_size"]
         self.updates, self.nonfinite, self.started, self.waited = [], 0, None, 0.0
         # Without this setting W&B keeps the command line, and an access token in it.
@@ -1265,15 +1267,13 @@ def push_to_hub(args, repo_id):
 def memory_error(args, error):
     """One line about an exception that means a lack of memory on the device, on the host or in /dev/shm; else None."""
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
-        less = "fewer of --dataloader_num_workers take less; a container's /dev/shm grows by --shm-size=8g"
-        return f"a data worker has ended, for lack of memory or shared memory? {less}"
+        return "a data worker has ended: no memory, or no room in /dev/shm (--shm-size)? Lower --dataloader_num_workers"
     if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
         return None
     calls = [call.name for call in traceback.extract_tb(error.__traceback__) if call.filename == __file__]
-    flags = ("gradient_checkpointing", "mixed_precision", "use_8bit_adam", "cache_encodings", "offload_ema")
-    less = ", ".join(f"--{flag}" for flag in flags if flag in args)
+    less = "a smaller batch, --gradient_checkpointing, --mixed_precision, --use_8bit_adam, --cache_encodings"
     size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"
-    return f"out of memory in {calls[-1]}, with {size}; these take less: a smaller batch, {less}"
+    return f"out of memory in {calls[-1]}, with {size}; these take less: {less}"
 
 
 if __name__ == "__main__":
