@@ -1754,6 +1754,11 @@ class CheckpointWriter:
     def close(self):
         with contextlib.suppress(Exception):  # it has been raised before
             self.checkpointer.close()
+        if self.path and jax.process_index() == 0:
+            for partial in self.path.parent.glob(
+                f"{self.path.name}.orbax-checkpoint-tmp*"
+            ):  # what a failed save leaves
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def flush_to_disk(*paths):
@@ -1831,6 +1836,15 @@ def set_up_logging():
     datasets.disable_progress_bars()
     datasets.utils.logging.set_verbosity(max(logger.level, logging.WARNING))
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs every error that it raises, over pages
+    # Of writes that fail, Orbax raises the first; asyncio would report the others one by one, also after its end.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = report_unraisable
+
+
+def report_unraisable(unraisable):
+    """The `sys.unraisablehook` of a run: without the writes that reach Orbax's event loop after its end."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def gather_values(value):

@@ -22,7 +22,7 @@ from train_text_to_image import RunError, parse_args, permutation
 ALL_FLAGS = json.loads((ROOT / "tests" / "upstream_flags.json").read_text())
 UPSTREAM = ALL_FLAGS["train_text_to_image.py"]
 NEW = {"--proportion_empty_prompts", "--validation_steps", "--logging_steps"}
-NEW |= {"--skip_bad_images", "--cache_encodings", "--compile"}
+NEW |= {"--skip_bad_images", "--cache_encodings", "--compile", "--deterministic"}
 FASTER = {"--dataloader_num_workers"}  # with another default than upstream's, which changes the speed alone
 REQUIRED = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "images"]
 
@@ -103,7 +103,7 @@ def test_help_and_a_wrong_flag_are_answered_before_the_libraries_are_imported(sc
 def test_the_trackers_are_those_of_accelerate(script, capsys):
     with pytest.raises(SystemExit):
         importlib.import_module(script).parse_args(["--help"])
-    assert "--report_to {" + ",".join(LoggerType.list()) + "}" in capsys.readouterr().out
+    assert "--report_to {none," + ",".join(LoggerType.list()) + "}" in capsys.readouterr().out
 
 
 def test_a_tracker_that_is_not_installed(flags, monkeypatch):
