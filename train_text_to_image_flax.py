@@ -1782,7 +1782,7 @@ def check_output_dir(args, *models):
         "is the model to start from": folder in [Path(model).resolve() for model in models],
         "holds the training images": Path(args.train_data_dir or "/").resolve().is_relative_to(folder),
         "has a README.md of something else": (folder / "README.md").exists() > (folder / "model_index.json").exists(),
-        f"--logging_dir {args.logging_dir} is a file": (folder / args.logging_dir).is_file(),
+        "--logging_dir is a file": (folder / args.logging_dir).is_file(),
         f"no permission to write to {existing}": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
     }
     for problem, found in problems.items():
