@@ -100,8 +100,7 @@ def read_image(value):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        name = value["path"] or value.get("name", "(unnamed)")
-        raise RunError(f"image {name} cannot be read: {error}") from error
+        raise RunError(f"image {value['path'] or value.get('name', '(unnamed)')} cannot be read: {error}") from error
 
 
 def check_row(args, dataset, tokenizer, row):
@@ -133,7 +132,8 @@ def main(args):
         dataset = load_rows(args)
         tokenizer = load_tokenizer(args.tokenizer, args.cache_dir) if args.tokenizer else None
     except Exception as error:  # libraries raise exceptions of all kinds
-        sys.exit(f"error: {args.dataset_name or args.train_data_dir}: {' '.join(str(error).split())}")
+        source = "" if str(error).startswith("--tokenizer") else f"{args.dataset_name or args.train_data_dir}: "
+        sys.exit(f"error: {source}{' '.join(str(error).split())}")
     findings, crops, refused = defaultdict(list), [], 0
     rows = ThreadPool().imap(lambda row: check_row(args, dataset, tokenizer, row), range(len(dataset)), chunksize=16)
     for crop, found in tqdm(rows, total=len(dataset), unit=" images"):

@@ -1,4 +1,4 @@
-"""Fine-tune the decoder of Kandinsky 2.2, which generates images from CLIP image embeddings. Needs no captions.
+r"""Fine-tune the decoder of Kandinsky 2.2, which generates images from CLIP image embeddings. Needs no captions.
 
     accelerate launch train_text_to_image_decoder.py \
         --pretrained_decoder_model_name_or_path=kandinsky-community/kandinsky-2-2-decoder \
@@ -580,7 +580,7 @@ def naming(what):
         root = error
         while cause := root.__cause__ or root.__context__:
             root = cause
-        lines = [(str(part).strip() or type(part).__name__).splitlines()[0].rstrip(":") for part in (error, root)]
+        lines = [(str(part).strip() or type(part).__name__).splitlines()[0].rstrip(":.") for part in (error, root)]
         raise RunError(": ".join(dict.fromkeys([what, *lines]))) from error
 
 
@@ -603,7 +603,7 @@ def load_train_dataset(args, flags, seed):
     columns = [getattr(args, flag) for flag in flags]
     for flag, column in zip(flags, columns, strict=True):
         if column not in dataset.column_names:
-            raise RunError(f"--{flag} {column}: no such column in {dataset.column_names}; a folder has metadata.jsonl")
+            raise RunError(f"--{flag} {column}: no such column in {dataset.column_names} (folders: metadata.jsonl)")
         feature, values = dataset.features[column], dataset.data.column(column)
         is_list = isinstance(feature, datasets.List)
         is_text = getattr(feature.feature if is_list else feature, "dtype", None) in ("string", "large_string")
@@ -629,7 +629,7 @@ def readable_rows(args, dataset):
 
     last = len(dataset) if args.skip_bad_images else min(1000, len(dataset))
     with ThreadPool() as threads:  # Pillow decodes without the GIL
-        problems = threads.map(problem, range(last), chunksize=100)
+        problems = list(tqdm(threads.imap(problem, range(last), 100), "reading images", last, leave=False))
     for message in filter(None, problems):
         if not args.skip_bad_images:
             raise RunError(f"{message}; --skip_bad_images skips such images")
@@ -653,8 +653,7 @@ def read_image(value):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        name = value["path"] or value.get("name", "(unnamed)")
-        raise RunError(f"image {name} cannot be read: {error}") from error
+        raise RunError(f"image {value['path'] or value.get('name', '(unnamed)')} cannot be read: {error}") from error
 
 
 def random_generator(seed, *key):
@@ -805,7 +804,7 @@ def find_start(accelerator, args):
     found = [path for _, path in reversed(list_checkpoints(output_dir))]
     earlier_run = bool(found) or (output_dir / "model_index.json").exists()
     if earlier_run and not wanted:
-        raise RunError(f"--output_dir {output_dir}: holds an earlier run; --resume_from_checkpoint resumes it")
+        raise RunError(f"--output_dir {output_dir}: holds an earlier run; --resume_from_checkpoint or another folder")
     if wanted and wanted != "latest":
         named = output_dir / f"checkpoint-{Path(wanted).name.removeprefix('checkpoint-')}"
         found = [Path(wanted) if Path(wanted).is_dir() else named]
@@ -813,6 +812,8 @@ def find_start(accelerator, args):
     checkpoint, state = next(complete, (None, {"step": 0, "examples_seen": 0, "seed": secrets.randbits(32)}))
     if wanted and not checkpoint and (earlier_run or wanted != "latest"):
         raise RunError(f"--resume_from_checkpoint {wanted}: there is no complete checkpoint in {output_dir}")
+    if wanted and not checkpoint:
+        logger.warning(f"--resume_from_checkpoint: no checkpoint in {output_dir}, starting at step 0")
     before = state.get("arguments", vars(args))
     if args.use_ema > before["use_ema"] or args.use_8bit_adam != before["use_8bit_adam"]:
         raise RunError(f"{checkpoint}: --use_ema cannot be added, and --use_8bit_adam not changed, at a resume")
@@ -841,8 +842,8 @@ def check_resume(args, checkpoint, before, run):
     """Log what changed from the checkpoint's state `before` to this `run`: flags, and what the result depends on."""
     flags, now = before["arguments"], recorded_arguments(args, run["seed"])
     changed = [name for name in sorted({*flags, *now}) if flags.get(name) != now.get(name)]
-    changes = "".join(f", now with --{name} {now.get(name)} (was {flags.get(name)})" for name in changed)
-    logger.info(f"resuming from {checkpoint}{changes}")
+    changes = ", ".join(f"--{name} {now.get(name)} (was {flags.get(name)})" for name in changed)
+    logger.info(f"resuming from {checkpoint}; changed: {changes or 'nothing'}")
     for key in (key for key in run if before[key] != run[key]):
         was = f"{checkpoint} was made with another {key.replace('_', ' ')} ({before[key]}, now {run[key]})"
         logger.warning(f"{was}; the result will differ from that of an uninterrupted run")
@@ -895,8 +896,7 @@ def load_optimizer(accelerator, model, optimizer, checkpoint):
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
     for parameter, state in optimizer.state.items():  # fused AdamW pairs elements by their order in memory
-        for name in state.keys() & {"exp_avg", "exp_avg_sq"}:
-            state[name] = torch.empty_like(parameter).copy_(state[name])
+        state.update({k: torch.empty_like(parameter).copy_(state[k]) for k in state.keys() & {"exp_avg", "exp_avg_sq"}})
 
 
 def flush_to_disk(*paths):

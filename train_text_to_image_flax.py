@@ -1,4 +1,4 @@
-"""Fine-tune Stable Diffusion 1.x or 2.x on captioned images, in JAX.
+r"""Fine-tune Stable Diffusion 1.x or 2.x on captioned images, in JAX.
 
     python train_text_to_image_flax.py \
         --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \
@@ -1420,7 +1420,7 @@ def naming(what):
         root = error
         while cause := root.__cause__ or root.__context__:
             root = cause
-        lines = [(str(part).strip() or type(part).__name__).splitlines()[0].rstrip(":") for part in (error, root)]
+        lines = [(str(part).strip() or type(part).__name__).splitlines()[0].rstrip(":.") for part in (error, root)]
         raise RunError(": ".join(dict.fromkeys([what, *lines]))) from error
 
 
@@ -1443,7 +1443,7 @@ def load_train_dataset(args, flags, seed):
     columns = [getattr(args, flag) for flag in flags]
     for flag, column in zip(flags, columns, strict=True):
         if column not in dataset.column_names:
-            raise RunError(f"--{flag} {column}: no such column in {dataset.column_names}; a folder has metadata.jsonl")
+            raise RunError(f"--{flag} {column}: no such column in {dataset.column_names} (folders: metadata.jsonl)")
         feature, values = dataset.features[column], dataset.data.column(column)
         is_list = isinstance(feature, datasets.List)
         is_text = getattr(feature.feature if is_list else feature, "dtype", None) in ("string", "large_string")
@@ -1469,7 +1469,7 @@ def readable_rows(args, dataset):
 
     last = len(dataset) if args.skip_bad_images else min(1000, len(dataset))
     with ThreadPool() as threads:  # Pillow decodes without the GIL
-        problems = threads.map(problem, range(last), chunksize=100)
+        problems = list(tqdm(threads.imap(problem, range(last), 100), "reading images", last, leave=False))
     for message in filter(None, problems):
         if not args.skip_bad_images:
             raise RunError(f"{message}; --skip_bad_images skips such images")
@@ -1493,8 +1493,7 @@ def read_image(value):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        name = value["path"] or value.get("name", "(unnamed)")
-        raise RunError(f"image {name} cannot be read: {error}") from error
+        raise RunError(f"image {value['path'] or value.get('name', '(unnamed)')} cannot be read: {error}") from error
 
 
 def random_generator(seed, *key):
@@ -1664,7 +1663,7 @@ def find_start(args):
     found = [path for _, path in reversed(list_checkpoints(output_dir))]
     earlier_run = bool(found) or (output_dir / "model_index.json").exists()
     if earlier_run and not wanted:
-        raise RunError(f"--output_dir {output_dir}: holds an earlier run; --resume_from_checkpoint resumes it")
+        raise RunError(f"--output_dir {output_dir}: holds an earlier run; --resume_from_checkpoint or another folder")
     if wanted and wanted != "latest":
         named = output_dir / (f"checkpoint-{wanted}" if wanted.isdecimal() else Path(wanted).name)
         found = [Path(wanted) if Path(wanted).is_dir() else named]
@@ -1699,8 +1698,8 @@ def check_resume(args, checkpoint, before, run):
     """Log what changed from the checkpoint's state `before` to this `run`: flags, and what the result depends on."""
     flags, now = before["arguments"], recorded_arguments(args, run["seed"])
     changed = [name for name in sorted({*flags, *now}) if flags.get(name) != now.get(name)]
-    changes = "".join(f", now with --{name} {now.get(name)} (was {flags.get(name)})" for name in changed)
-    logger.info(f"resuming from {checkpoint}{changes}")
+    changes = ", ".join(f"--{name} {now.get(name)} (was {flags.get(name)})" for name in changed)
+    logger.info(f"resuming from {checkpoint}; changed: {changes or 'nothing'}")
     for key in (key for key in run if before[key] != run[key]):
         was = f"{checkpoint} was made with another {key.replace('_', ' ')} ({before[key]}, now {run[key]})"
         logger.warning(f"{was}; the result will differ from that of an uninterrupted run")
