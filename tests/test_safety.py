@@ -280,11 +280,7 @@ def changed_configuration(part, **values):
 
 
 OTHERS = [
-    (SD, "layers_per_block", 1, 2),
-    (SD, "use_linear_projection", False, True),
     (FLAX, "block_out_channels", [16, 32], [16, 16]),
-    (PRIOR, "num_layers", 2, 3),
-    (DECODER, "block_out_channels", [16, 32], [32, 32]),
 ]
 
 
