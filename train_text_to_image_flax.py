@@ -594,8 +594,15 @@ def main(args):
     run = {"seed": args.seed, "batch_size": batch_size, "rows": len(dataset), "data": dataset._fingerprint}
     run["architecture"] = vars(models["unet"].config)
     if checkpoint:
-        if start.get("architecture") != run["architecture"]:
-            raise RunError(f"--resume_from_checkpoint {checkpoint}: is of another script or architecture")
+        before = start.get("architecture", {})
+        fields = [
+            f"{name} {before.get(name)} -> {now}"
+            for name, now in run["architecture"].items()
+            if before.get(name) != now
+        ]
+        if fields:
+            what = f"is of another script or architecture: {', '.join(fields[:3])}"
+            raise RunError(f"--resume_from_checkpoint {checkpoint}: {what}")
         check_resume(args, checkpoint, start, run)
     validation_period = args.validation_epochs * len(dataset)  # in examples
     if args.validation_steps:

@@ -143,9 +143,8 @@ def parse_args(input_args=None):
     add("--hub_model_id", help="repository to upload to; default: the name of --output_dir, under your account")
     add("--hub_token", help="access token; better: `hf auth login`, which keeps it out of the shell's history")
 
-    home = str(Path.home())  # shells expand ~ in `--flag ~/folder`, but not in `--flag=~/folder`
     words = sys.argv[1:] if input_args is None else input_args
-    args = parser.parse_args([word.replace("=~/", f"={home}/", 1) if word[:2] == "--" else word for word in words])
+    args = parser.parse_args([word.replace("=~/", f"={Path.home()}/", 1) for word in words])  # as shells do without =
     if not (args.dataset_name or args.train_data_dir):
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
     if args.cache_encodings and Path(args.cache_encodings).resolve().is_relative_to(Path(args.output_dir).resolve()):
@@ -226,8 +225,7 @@ def preprocess_train(args, tokenizer, image_processor, embedding_dim, num_train_
 def encode_rows(args, tokenizer, image_processor, image_encoder, text_encoder, rows):
     """Encode everything that may be sampled from a batch of rows (dict of lists; images are RGB `PIL.Image`).
 
-    Returns bytes of safetensors per row: "image_embeds" (embedding_dim,) and the tensors of `encode_captions`, with a
-    dimension of captions in place of the batch's.
+    Returns bytes of safetensors per row: "image_embeds" (embedding_dim,) and `encode_captions` of all its captions.
     """
     process = functools.partial(image_processor, return_tensors="pt")
     with ThreadPool() as threads:
@@ -956,15 +954,16 @@ def check_models(args):
     """Raise RunError if a pipeline to start from is a file, or a local folder that is missing or lacks full weights."""
     for flag, path in ((flag, path) for flag, path in vars(args).items() if flag.startswith("pretrained")):
         if Path(path).is_file():
-            convert = f"StableDiffusionPipeline.from_single_file({path!r}).save_pretrained(folder)"
-            raise RunError(f"--{flag} {path}: is a single file; convert it to a folder by diffusers' {convert}")
+            convert = "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
+            raise RunError(f"--{flag} {path}: is a single file; convert it by diffusers' {convert}")
         if path.startswith(("/", ".")) and not Path(path).is_dir():
             raise RunError(f"--{flag} {path}: there is no such folder")
         for part in Path(path).glob("*/config.json"):
-            variants = {file.stem.partition(".")[2] for file in part.parent.glob("*.safetensors")}  # "" without one
-            if variants and (getattr(args, "variant", None) or "") not in variants:
-                hint = "--variant" if "variant" in args else "a pipeline without variants"
-                raise RunError(f"--{flag} {path}: {part.parent.name}/ has only variant {min(variants)}; give {hint}")
+            found = {file.stem.partition(".")[2] for file in part.parent.glob("*.safetensors")}  # "" without a variant
+            if (getattr(args, "variant", None) or "") not in found and (found or any(part.parent.glob("*.bin"))):
+                hint = "if you trust them: DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)"
+                hint = f"variant {min(found)}; give --variant" if found else f"pickles, which can run code; {hint}"
+                raise RunError(f"--{flag} {path}: {part.parent.name}/ has only {hint}")
 
 
 def prepare_output_dir(args, first_step, last_step):

@@ -453,7 +453,7 @@ def test_weights_in_pickles_are_refused_with_a_way_to_convert_them(script, flags
     flags |= {"max_train_steps": 1, "checkpointing_steps": 9}
     line = refusal({**flags, MODEL[script]: model}, script)
     assert line.startswith((f"--{MODEL[script]} {model}: ", str(model)))
-    (conversion,) = re.findall(r"if you trust them.*: (\S+)$", line)
+    (conversion,) = re.findall(r"(?:if you trust them|with PyTorch): (\S+)$", line)
     assert not flags["output_dir"].exists()
     names = {"folder": str(model), "new_folder": str(tmp_path / "converted"), "DiffusionPipeline": DiffusionPipeline}
     eval(conversion, names)
