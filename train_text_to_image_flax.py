@@ -161,6 +161,10 @@ def parse_args(input_args=None):
         parser.error("argument --cache_encodings: random crops cannot be cached; add --center_crop")
     if args.cache_encodings and Path(args.cache_encodings).resolve().is_relative_to(Path(args.output_dir).resolve()):
         parser.error("argument --cache_encodings: must not be inside --output_dir, which is uploaded as a whole")
+    if os.path.normpath(os.path.join("logs", args.tracker_project_name)).split(os.sep)[0] != "logs":
+        parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the folder of logs")
+    if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # else connection errors print it
+        parser.error("argument --hub_token: contains a space, a line break or a character outside ASCII")
     return args
 
 

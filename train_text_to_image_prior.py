@@ -961,8 +961,8 @@ def check_models(args):
         for part in Path(path).glob("*/config.json"):
             found = {file.stem.partition(".")[2] for file in part.parent.glob("*.safetensors")}  # "" without a variant
             if (getattr(args, "variant", None) or "") not in found and (found or any(part.parent.glob("*.bin"))):
-                hint = "if you trust them: DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)"
-                hint = f"variant {min(found)}; give --variant" if found else f"pickles, which can run code; {hint}"
+                convert = "if you trust them: DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)"
+                hint = f"variant {min(found)}; give --variant" if found else f"pickles, no safetensors; {convert}"
                 raise RunError(f"--{flag} {path}: {part.parent.name}/ has only {hint}")
 
 
