@@ -494,7 +494,7 @@ def test_resume_from_an_earlier_checkpoint_and_what_is_refused(flags, capsys):
         (output / remains).mkdir(parents=True)
     train(flags)
     assert names_in(output) == ["checkpoint-2", "checkpoint-3"]
-    assert "holds an earlier run; --resume_from_checkpoint resumes it" in refusal(flags)
+    assert "holds an earlier run; --resume_from_checkpoint or another folder" in refusal(flags)
     train({**flags, "resume_from_checkpoint": "checkpoint-2"})
     (aside,) = output.glob("set-aside-*")
     assert aside.name.endswith("-checkpoint-3")
@@ -689,14 +689,14 @@ def test_bad_input_in_two_processes_is_said_by_both_and_ends_both(case, flags, t
         flags["train_data_dir"] = tiny.make_images(tmp_path / "broken")
         (tmp_path / "broken" / f"{row}.png").write_bytes(b"no picture")
         flags |= {"center_crop": True, "cache_encodings": tmp_path / "encodings"} if row else {}
-        line = rf"^error: row {row}: image .*{row}\.png cannot be read"
+        line = rf"^error: (row 0: )?image .*{row}\.png cannot be read"
     for status, stderr in launch_two(flags, tmp_path):
         assert status == 1, stderr
         assert len(re.findall(line, stderr, re.MULTILINE)) == 1, stderr
         assert "Traceback" not in stderr
         assert len(re.findall("^error: ", stderr, re.MULTILINE)) == 1
     if case == "image to be encoded":  # only once all else has been allowed
-        assert names_in(flags["output_dir"]) == []
+        assert list(flags["output_dir"].iterdir()) == []
     else:
         assert not flags["output_dir"].exists()
 
@@ -802,7 +802,8 @@ def test_no_torch_wandb_offline_and_no_token_anywhere(flags, tmp_path):
     assert result.returncode == 0, result.stderr
     assert_wandb_has_everything(tmp_path)
     assert len(losses_of(tmp_path / "output")) == 4
-    assert names_in(tmp_path / "output" / "validation") == ["step-000003.png", "step-000004.png"]
+    grids = sorted(path.name for path in (tmp_path / "output" / "validation").iterdir())
+    assert grids == ["step-000003.png", "step-000004.png"]
     written = everything_written_below(tmp_path) + (result.stdout + result.stderr).encode()
     assert b"red dots" in written
     assert token.encode() not in written

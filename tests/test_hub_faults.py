@@ -128,7 +128,7 @@ def test_an_upload_ends_complete_when_every_request_failed_once(hub, pauses, scr
     assert {name: arrived[name] for name in arrived if name != ".gitattributes"} == uploaded_files(flags["output_dir"])
     assert len(hub.repo("user/tuned").history()) == 2  # a commit whose reply was lost is not made again
     for name, place in UPLOAD.items():
-        assert requests_at(hub, place)[0] == fault, name
+        assert fault in requests_at(hub, place), name  # files go up in parallel: in which order they end is open
     said = capsys.readouterr().err
     assert re.search(r"WARNING .*--push_to_hub.*again in \d+ s", said)
     assert WRITE not in said
