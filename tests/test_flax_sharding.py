@@ -8,12 +8,13 @@ import tiny
 from diffusers import UNet2DConditionModel
 from test_flax_training import run_code
 
-# What is compiled ends with an error, and behind it the process may hang in what JAX has started.
 ON_FOUR_DEVICES = """
-import json, os, sys
+import json
 import cudnn_on_cpu
-import jax
+import jax, optax
 from conftest import run
+
+cudnn_on_cpu.script.make_optimizer_transform = lambda args: optax.identity()  # compiles faster
 
 def keep(state, *rest, **options):
     return state, dict.fromkeys(("train_loss", "grad_norm", "lr"), 1.0)
@@ -26,20 +27,19 @@ for name, flags in {runs}.items():
     try:
         run(flags, "train_text_to_image_flax")
     except jax.errors.JaxRuntimeError as error:
-        results[name] = [str(error), [list(map(list, split)) for split in cudnn_on_cpu.splits]]
-print(json.dumps(results), flush=True)
-os._exit(0)
+        results[name] = [str(error)[:1000], [list(map(list, split)) for split in cudnn_on_cpu.splits]]
+print(json.dumps(results))
 """
 
 
 def make_model(folder, version, heads, head_size):
-    """A tiny pipeline but for its UNet: one level per number of `heads`, attention in all."""
+    """A tiny pipeline but for its UNet: one level per number of `heads`, with attention in the lowest."""
     tiny.make_stable_diffusion(folder, version)
     UNet2DConditionModel(
         sample_size=tiny.RESOLUTION // 4,
         block_out_channels=tuple(head_size * number for number in heads),
-        down_block_types=["CrossAttnDownBlock2D"] * len(heads),
-        up_block_types=["CrossAttnUpBlock2D"] * len(heads),
+        down_block_types=[*["DownBlock2D"] * (len(heads) - 1), "CrossAttnDownBlock2D"],
+        up_block_types=["CrossAttnUpBlock2D", *["UpBlock2D"] * (len(heads) - 1)],
         norm_num_groups=4,
         layers_per_block=1,
         cross_attention_dim=16,
@@ -71,8 +71,8 @@ def compiled(images_folder, tmp_path_factory):
     return json.loads(result.stdout)
 
 
-# Self-attention of 6 transformers over even numbers of pixels, forward and backward, and of 4 transformers forward.
-@pytest.mark.parametrize(("what", "number"), [("training", 2 * 7), ("drawing", 4)])
+# Self-attention of 4 transformers, forward and backward; their attention to 77 tokens is XLA's.
+@pytest.mark.parametrize(("what", "number"), [("training", 2 * 4), ("drawing", 4)])
 def test_cudnn_s_attention_is_split_along_the_batch_alone(what, number, compiled):
     """Query, key and value alike: all gets past JAX's checks and XLA's, up to the call that only a GPU can compile."""
     error, splits = compiled[what]
