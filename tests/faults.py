@@ -30,6 +30,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import forks
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = [f"train_text_to_image{suffix}" for suffix in ("", "_prior", "_decoder", "_flax")]
 TRAINED = {script: "prior" if script.endswith("prior") else "unet" for script in SCRIPTS}
@@ -135,7 +137,10 @@ class Process:
         self.stderr, self.output_dir = Path(stderr), Path(flags["output_dir"])
         with self.stderr.open("w") as file:
             environment = {**os.environ, **environment}
-            self.popen = subprocess.Popen(command, stderr=file, env=environment, start_new_session=True)
+            if len(launcher) == 1:
+                self.popen = forks.Popen(command[1:], stderr=file, env=environment)
+            else:
+                self.popen = subprocess.Popen(command, stderr=file, env=environment, start_new_session=True)
 
     def __enter__(self):
         return self

@@ -104,7 +104,7 @@ def test_the_loss_is_pytorch_s(both, batch, words):
     assert float(measured) == pytest.approx(loss.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("words", VARIANTS[:2], ids=lambda words: " ".join(words) or "plain")
+@pytest.mark.parametrize("words", VARIANTS[1:2], ids=" ".join)
 def test_one_update_is_pytorch_s(both, batch, words):
     """Loss, gradient norm and all weights after one update by AdamW, with clipping and weight decay in effect."""
     words = [*words, "--max_grad_norm", "0.1", "--learning_rate", "1e-4", "--adam_weight_decay", "0.1"]
