@@ -654,6 +654,8 @@ logger = logging.getLogger(__name__)
 PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks
 fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
 LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
 
 
 class RunError(Exception):
@@ -723,18 +725,21 @@ def place_images(args, dataset, columns):
     if contents.null_count < len(contents):  # inside the data set's own files
         return dataset
     endings = tuple(datasets.packaged_modules.imagefolder.ImageFolder.EXTENSIONS)
-    paths = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
-    images = {unicodedata.normalize("NFC", path): path for path in paths if path.lower().endswith(endings)}
+    files = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
+    archives = [f"zip://::{path}" for path in files if path.lower().endswith(".zip")]
+    files += datasets.utils.file_utils.FilesIterable.from_urlpaths(archives)
+    images = [path for path in files if path.partition("::")[0].lower().endswith(endings)]
+    on_disk = {unicodedata.normalize("NFC", path): path for path in images} | {path: path for path in images}
     paths = [path if "://" in path else os.path.join(folder, path) for path in named.fill_null("").to_pylist()]
-    paths = [images.get(unicodedata.normalize("NFC", path), path) for path in paths]
+    paths = [on_disk.get(path, on_disk.get(unicodedata.normalize("NFC", path), path)) for path in paths]
     if paths != named.to_pylist():
-        dataset = dataset.remove_columns(column).add_column(column, paths).cast_column(column, dataset.features[column])
+        dataset = datasets.Dataset.from_dict(dataset.to_dict() | {column: paths}, dataset.features)
     if columns[1:] and set(found) <= {"image", "label"}:  # no metadata
         texts = [datasets.utils.file_utils.xPath(path).with_suffix(".txt") for path in paths]
         captions = [text.read_bytes().decode("utf-8-sig") if text.exists() else None for text in texts]
         dataset = dataset.add_column(columns[1], captions) if any(captions) else dataset
     rows = [row for row, path in enumerate(paths) if args.dataset_name or not LEFT_OUT.search(path.replace(folder, ""))]
-    if left_out := sorted(set(images.values()).difference(paths[row] for row in rows)):
+    if left_out := sorted(set(images).difference(paths[row] for row in rows)):
         logger.warning(f"left out {len(left_out)} images, for tests or without metadata: {', '.join(left_out[:3])} ...")
     return dataset.select(rows).flatten_indices() if len(rows) < len(paths) else dataset
 
@@ -820,9 +825,6 @@ def make_batches(accelerator, args, stream, positions):
 
 
 # Cached encodings -----------------------------------------------------------------------------------------------------
-CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
-
-
 def cached_encodings(accelerator, args, dataset, settings, models, encode):
     """The rows {"encodings": bytes} of `dataset`, memory-mapped from --cache_encodings; encodes missing ones."""
     chunks = on_main_process(accelerator, list_chunks, args, dataset, settings, models)
@@ -1088,9 +1090,6 @@ def prepare_output_dir(args, first_step, last_step):
 
 
 # Processes and signals ------------------------------------------------------------------------------------------------
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-
-
 def make_accelerator(args):
     """The `Accelerator` of the flags and of accelerate's configuration. Raises RunError if it cannot be used."""
     folders = ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir))
