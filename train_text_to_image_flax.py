@@ -88,7 +88,7 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="data set: a Hub id, a local copy of one, or a folder written by save_to_disk")
     add("--dataset_config_name", help="configuration of the data set, if it has several")
-    add("--train_data_dir", help="folder of images with a metadata.jsonl of captions")
+    add("--train_data_dir", help="folder of images with captions in a metadata.jsonl or in .txt files")
     add("--image_column", default="image", help="column of the images")
     add("--caption_column", default="text", help="column of the captions; if a row has a list, one is sampled")
     add("--max_train_samples", type=count, help="train on this many rows, sampled with --seed")
