@@ -586,6 +586,8 @@ def naming(what):
 def load_train_dataset(args, flags, seed):
     """Load the columns of the training split that `flags` name, images undecoded. Raises RunError."""
     source, columns = args.dataset_name or args.train_data_dir, [getattr(args, flag) for flag in flags]
+    if not args.dataset_name and not Path(source).is_dir():
+        raise RunError(f"--train_data_dir {source}: there is no such folder")
     with naming(f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}"):
         if any(Path(source, name).is_file() for name in ("state.json", "dataset_dict.json")):
             dataset = datasets.load_from_disk(source)
@@ -1191,8 +1193,7 @@ class UpdateLog:
 
     def add(self, step, losses, gradient_norm, learning_rate):
         """Take in an update; losses (b,) and gradient_norm () stay on the device."""
-        if isinstance(gradient_norm, DTensor):  # FSDP
-            gradient_norm = gradient_norm.full_tensor()
+        gradient_norm = gradient_norm.full_tensor() if isinstance(gradient_norm, DTensor) else gradient_norm  # FSDP
         self.updates.append((step, time.time(), torch.stack([losses.mean(), gradient_norm]), learning_rate))
         self.bar.update()
 
