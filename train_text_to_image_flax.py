@@ -143,7 +143,7 @@ def parse_args(input_args=None):
     add("--validation_steps", type=count, help="updates between validations, instead of epochs")
     add("--logging_steps", type=count, default=10, help="updates between writings of the log; it has every update")
     add("--logging_dir", default="logs", help="folder of the TensorBoard logs, inside --output_dir")
-    add("--report_to", default="tensorboard", choices=["tensorboard", "wandb", "all"], help="tracker, or all of them")
+    add("--report_to", default="tensorboard", choices=["none", "tensorboard", "wandb", "all"], help="tracker, or all")
     add("--tracker_project_name", default="text2image-fine-tune", help="name of the project in the tracker")
     add("--generate", metavar="PROMPT", help="do not train: generate a picture of this prompt, and write a PNG")
 
@@ -152,7 +152,8 @@ def parse_args(input_args=None):
     add("--hub_model_id", help="repository to upload to; default: the name of --output_dir, under your account")
     add("--hub_token", help="access token; better: `hf auth login`, which keeps it out of the shell's history")
 
-    args = parser.parse_args(input_args)
+    words = sys.argv[1:] if input_args is None else input_args
+    args = parser.parse_args([word.replace("=~/", f"={Path.home()}/", 1) for word in words])  # as shells do without =
     if not (args.dataset_name or args.train_data_dir) and args.generate is None:
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
     if args.cache_encodings and not args.center_crop:
@@ -401,7 +402,7 @@ def training_losses(params, frozen, batch, models, alphas_cumprod, prediction_ty
     alphas_cumprod: ᾱ of all timesteps.
     """
     dtype = COMPUTE_TYPES[args.mixed_precision]
-    unet = models["unet"].module({name: value.astype(dtype) for name, value in params.items()})
+    unet = models["unet"].module(gather_weights(params, dtype))
     encodings = batch if "moments" in batch else encode(batch, frozen, models, dtype)
     mean, deviation = mean_and_deviation(encodings["moments"])
     latents = (mean + deviation * batch["posterior_noise"]) * models["vae"].config.scaling_factor
@@ -596,19 +597,13 @@ def main(args):
     run = {"seed": args.seed, "batch_size": batch_size, "rows": len(dataset), "data": dataset._fingerprint}
     run["architecture"] = vars(models["unet"].config)
     if checkpoint:
-        before = start.get("architecture", {})
-        fields = [
-            f"{name} {before.get(name)} -> {now}"
-            for name, now in run["architecture"].items()
-            if before.get(name) != now
-        ]
+        before, now = start.get("architecture", {}), run["architecture"]
+        fields = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
         if fields:
-            what = f"is of another script or architecture: {', '.join(fields[:3])}"
+            what = f"is of another architecture: {', '.join(fields[:3])}" if before else "is of a PyTorch script"
             raise RunError(f"--resume_from_checkpoint {checkpoint}: {what}")
         check_resume(args, checkpoint, start, run)
-    validation_period = args.validation_epochs * len(dataset)  # in examples
-    if args.validation_steps:
-        validation_period = args.validation_steps * batch_size
+    validation_period = (args.validation_steps or 0) * batch_size or args.validation_epochs * len(dataset)  # examples
 
     # Training state on the devices: weights, optimizer state, average.
     transform = make_optimizer_transform(args)
@@ -679,9 +674,8 @@ def main(args):
                 break
         checkpoints.finish()
         if stop:
-            logger.warning(
-                f"stopped by {signal.Signals(stop).name} after step {step}; --resume_from_checkpoint resumes"
-            )
+            name = signal.Signals(stop).name
+            logger.warning(f"stopped by {name} after step {step}; --resume_from_checkpoint resumes")
             sys.exit(128 + stop)
 
         # Result.
@@ -691,7 +685,7 @@ def main(args):
             validation_image = validate(last_step)
     if jax.process_index() == 0:
         save_model_card(args, repo_id or args.output_dir, args.seed, last_step, validation_image)
-        logger.info(f"saved the pipeline in {args.output_dir}")
+        logger.info(f"saved the pipeline in {args.output_dir}" + ", no update was left" * (first_step == last_step))
     if args.push_to_hub:
         on_first_process(push_to_hub, args, repo_id)
 
@@ -717,19 +711,21 @@ def layer_norm(channels, epsilon, rngs):
     return nnx.LayerNorm(channels, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
 
 
-def attention_kernel(device, dtype, head_size):
+def attention_kernel(device, dtype, head_size, lengths):
     """The `implementation` of attention: None for XLA, which stores all attention weights, or "cudnn". That takes half
-    precision and head sizes that are multiples of 8, on every Nvidia GPU since Ampere up to 128."""
+    precision and head sizes that are multiples of 8, on every Nvidia GPU since Ampere up to 128. For gradients, JAX
+    wants even `lengths` of query and key: attention to a caption's 77 states is left to XLA."""
     capability = getattr(device, "compute_capability", "")  # of AMD's GPUs it is a name, such as gfx942
     recent = device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8
-    fits = dtype in (jnp.float16, jnp.bfloat16) and head_size % 8 == 0 and head_size <= 128
+    fits = dtype in (jnp.float16, jnp.bfloat16) and head_size in range(8, 129, 8) and not any(n % 2 for n in lengths)
     return "cudnn" if recent and fits else None
 
 
 def attend(query, key, value, heads, is_causal=False):
     """Multi-head attention of query (b, n, channels) to key and value (b, m, channels). Softmax in float32."""
     query, key, value = (x.reshape(*x.shape[:2], heads, -1) for x in (query, key, value))
-    kernel = attention_kernel(jax.local_devices()[0], query.dtype, query.shape[-1])
+    lengths = (query.shape[1], key.shape[1])
+    kernel = attention_kernel(jax.local_devices()[0], query.dtype, query.shape[-1], lengths)
     out = jax.nn.dot_product_attention(query, key, value, is_causal=is_causal, implementation=kernel)
     return out.reshape(*out.shape[:2], -1)
 
@@ -1064,7 +1060,7 @@ def sample(params, frozen, input_ids, latents, models, steps, prediction_type, g
     input_ids: (2, b, n), of the prompts and of empty ones; latents: noise (b, height, width, channels); steps: of
     `ddim_steps`. Returns images (b, height, width, 3), uint8.
     """
-    unet = models["unet"].module({name: value.astype(dtype) for name, value in params.items()})
+    unet = models["unet"].module(gather_weights(params, dtype))
     vae, text_encoder = (models[part].module(frozen[part]) for part in FROZEN)
     conditional, unconditional = text_encoder(input_ids[0]), text_encoder(input_ids[1])
     encoder_hidden_states = jnp.concatenate([unconditional, conditional])
@@ -1100,9 +1096,8 @@ def sample_prompts(sampler, prompts, tokenizer, latents_shape, seed, mesh):
         generators = (random_generator(seed, 2, first + k) for k in range(devices))
         latents = np.stack([rng.standard_normal(latents_shape, dtype=np.float32) for rng in generators])
         inputs = (place(input_ids, mesh, PartitionSpec(None, "data")), place(latents, mesh, PartitionSpec("data")))
-        images += [
-            PIL.Image.fromarray(image) for image in multihost_utils.process_allgather(sampler(*inputs), tiled=True)
-        ]
+        pixels = multihost_utils.process_allgather(sampler(*inputs), tiled=True)
+        images += [PIL.Image.fromarray(image) for image in pixels]
     return images[: len(prompts)]
 
 
@@ -1153,6 +1148,13 @@ def make_model(module_class, config):
     return Model(config, graphdef, paths, shapes)
 
 
+def gather_weights(weights, dtype):
+    """The weights as `dtype` and whole on every device, however they are stored: all that is split is the batch, which
+    cuDNN's attention needs. To be called while JAX traces."""
+    whole = NamedSharding(device_mesh(jax.devices()), PartitionSpec())
+    return {name: jax.lax.with_sharding_constraint(value.astype(dtype), whole) for name, value in weights.items()}
+
+
 def name_of(path):
     """The name in a PyTorch checkpoint of the weight at `path` in a module, a tuple that ends with Flax's name."""
     return ".".join([*map(str, path[:-1]), "bias" if path[-1] == "bias" else "weight"])
@@ -1199,11 +1201,12 @@ def weight_files(folder, variant):
     elif not variant and (folder / flax_name).is_file() and not (folder / names[0]).is_file():
         names = [flax_name]
     missing = ", ".join(name for name in names if not (folder / name).is_file())
-    others = ", ".join(sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".msgpack")))
+    others = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".msgpack"))
     if missing:
-        hint = "with PyTorch: DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)"
-        problem = f"{missing} is missing, only {others or 'files that are not read'}"
-        raise RunError(f"{folder}: {problem}; .bin files are not loaded, for pickles can run code; {hint}")
+        hint = ".bin files are not loaded, for pickles can run code; with PyTorch: "
+        hint += "DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)"
+        problem = f"{missing} is missing, only {', '.join(others) or 'files that are not read'}"
+        raise RunError(f"{folder}: {problem}; {'is another --variant meant?' if others else hint}")
     return [folder / name for name in names]
 
 
@@ -1251,7 +1254,6 @@ def write_weights(model, weights, folder, flax_too):
 
 
 # The fields of a configuration that say how a model is built, with the defaults of the libraries.
-
 FIELDS = {
     "unet": {
         **{"in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280], "layers_per_block": 2},
@@ -1320,6 +1322,8 @@ def load_pipeline(args):
 
     with naming(f"--pretrained_model_name_or_path {path}"):
         scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+        if "beta_schedule" not in scheduler_config:  # flow matching, say
+            raise RunError(f"{scheduler_config.get('_class_name')}: pipelines with this scheduler are not supported")
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
         folders = {"unet": unet_folder / "unet", "vae": folder / "vae", "text_encoder": folder / "text_encoder"}
         models = {part: make_model(PARTS[part], read_config(folders[part])) for part in PARTS}
@@ -1330,6 +1334,9 @@ def load_pipeline(args):
 def find_pipeline(path, revision, args, part="*"):
     """The local folder of a pipeline, or only of its sub-folder `part`; downloaded from a Hub id. Raises RunError."""
     name, folder = f"--pretrained_model_name_or_path {path}", Path(path)
+    if folder.is_file():
+        convert = "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
+        raise RunError(f"{name}: is a single file; convert it by diffusers' {convert}")
     if path.startswith(("/", ".", "~")) and not folder.is_dir():
         raise RunError(f"{name}: there is no such folder")
     if not folder.is_dir():
@@ -1356,7 +1363,7 @@ def result_index(folder, variant):
     for part, entry in ((part, entry) for part, entry in index.items() if isinstance(entry, list)):
         if entry[0] not in (None, "diffusers", "transformers", "stable_diffusion"):
             raise RunError(f"model_index.json: {part} is of {entry[0]}; code in a model's folder is not used")
-        index[part] = [name and name.removeprefix("Flax") for name in entry]
+        index[part] = [name and name.removeprefix("Flax") for name in entry if (folder / part).is_dir()] or [None, None]
     names = ["model.safetensors", "pytorch_model.bin"] + [f"model.{variant}.safetensors"] * bool(variant)
     if not any((folder / "safety_checker" / name).is_file() for name in names):
         index["safety_checker"], index["requires_safety_checker"] = [None, None], False
@@ -1368,13 +1375,23 @@ def save_frozen_parts(args, folder, index, models, weights):
     output_dir = Path(args.output_dir)
     with naming(f"{output_dir} cannot be written"):
         for part, entry in index.items():
-            if isinstance(entry, list) and entry[0] and part not in PARTS and (folder / part).is_dir():
+            if isinstance(entry, list) and entry[0] and part not in PARTS:
                 code = shutil.ignore_patterns("*.py", "*.pyc", "__pycache__")  # not to be published with the result
                 shutil.copytree(folder / part, output_dir / part, dirs_exist_ok=True, ignore=code)
                 for path in (output_dir / part).glob(f"*.{args.variant}.safetensors") if args.variant else ():
                     path.rename(path.with_name(path.name.replace(f".{args.variant}.", ".")))
+        write_vocabulary(output_dir / "tokenizer")
         for part in FROZEN:
             save_model(args, folder / part, models[part], weights[part])
+
+
+def write_vocabulary(folder):
+    """Write vocab.json and merges.txt, which transformers 5 does not save and 4 reads, from its tokenizer.json."""
+    if (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
+        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
 def save_model(args, source, model, weights):
@@ -1791,10 +1808,8 @@ class CheckpointWriter:
         with contextlib.suppress(Exception):  # it has been raised before
             self.checkpointer.close()
         if self.path and jax.process_index() == 0:
-            for partial in self.path.parent.glob(
-                f"{self.path.name}.orbax-checkpoint-tmp*"
-            ):  # what a failed save leaves
-                shutil.rmtree(partial, ignore_errors=True)
+            for partial in self.path.parent.glob(f"{self.path.name}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(partial, ignore_errors=True)  # what a failed save leaves
 
 
 def flush_to_disk(*paths):
@@ -2069,12 +2084,11 @@ def next_loss_scale(scale, finite_steps, finite):
 
 # Logs, model card and Hub ---------------------------------------------------------------------------------------------
 def check_trackers(args):
-    """Raise RunError unless the trackers of --report_to are installed and can write."""
-    for package in {"tensorboard": ["tensorboardX"], "wandb": ["wandb"]}.get(args.report_to, ["tensorboardX", "wandb"]):
+    """Raise RunError unless the trackers of --report_to are installed."""
+    packages = {"none": [], "tensorboard": ["tensorboardX"], "wandb": ["wandb"], "all": ["tensorboardX", "wandb"]}
+    for package in packages[args.report_to]:
         if not importlib.util.find_spec(package):
             raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {package}`")
-    if Path(args.output_dir, args.logging_dir).is_file():
-        raise RunError(f"--logging_dir {args.logging_dir}: is a file, not a folder")
 
 
 class UpdateLog:
@@ -2087,12 +2101,12 @@ class UpdateLog:
         self.progress_bar = tqdm(initial=first_step, total=last_step, disable=hidden, unit="step")
         arguments, project = recorded_arguments(args, args.seed), args.tracker_project_name
         with naming(f"--report_to {args.report_to}"):
-            if args.report_to != "wandb" and jax.process_index() == 0:
+            if args.report_to in ("tensorboard", "all") and jax.process_index() == 0:
                 tensorboard = importlib.import_module("tensorboardX")
                 folder = os.path.join(args.output_dir, args.logging_dir, project)
                 self.tensorboard = tensorboard.SummaryWriter(folder, max_queue=10**6)  # a full one blocks training
                 self.tensorboard.add_text("arguments", f"```json\n{json.dumps(arguments, indent=2)}\n```")
-            if args.report_to != "tensorboard" and jax.process_index() == 0:
+            if args.report_to in ("wandb", "all") and jax.process_index() == 0:
                 self.wandb = importlib.import_module("wandb")
                 # Without this setting W&B keeps the command line, and an access token in it.
                 self.wandb.init(project=project, config=arguments, settings={"x_disable_meta": True})

@@ -61,7 +61,7 @@ def test_flag_of_upstream(script, flag):
     value = {"int": "3", "float": "0.25", "str": "constant"}[facts["type"]]
     restricted = {
         "--prediction_type": ["epsilon", "v_prediction", "sample"],
-        "--report_to": ["tensorboard", "wandb", "all"],
+        "--report_to": ["tensorboard", "wandb", "all", "none"],
     }
     values = facts.get("choices") or restricted.get(flag) or [value]
     for value in values:
@@ -111,6 +111,34 @@ def test_a_tracker_that_is_not_installed(flags, monkeypatch):
     with pytest.raises(RunError, match="--report_to aim: .*pip install aim"):
         run({**flags, "report_to": "aim"})
     assert not flags["output_dir"].exists()
+
+
+@pytest.mark.parametrize("script", [name.removesuffix(".py") for name in ALL_FLAGS])
+def test_a_tilde_is_the_home_folder_in_every_path(script, monkeypatch):
+    """Also behind an equals sign, where no shell replaces it."""
+    monkeypatch.setenv("HOME", "/home/user")
+    names = {"output_dir", "logging_dir", "train_data_dir", "dataset_name", "cache_dir", "cache_encodings"}
+    names |= {"resume_from_checkpoint", *(name for name in everything_of(script) if name.startswith("pretrained_"))}
+    words = ["--center_crop"] if "--center_crop" in ALL_FLAGS[f"{script}.py"] else []
+    parsed = vars(importlib.import_module(script).parse_args([*words, *(f"--{name}=~/in/{name}" for name in names)]))
+    assert {name: parsed[name] for name in names} == {name: f"/home/user/in/{name}" for name in names}
+
+
+def everything_of(script):
+    return [flag.removeprefix("--") for flag in ALL_FLAGS[f"{script}.py"]]
+
+
+@pytest.mark.parametrize("script", [name.removesuffix(".py") for name in ALL_FLAGS])
+def test_report_to_none(script):
+    words = [f"--{name}=x" for name in everything_of(script) if name.startswith("pretrained_")]
+    args = importlib.import_module(script).parse_args([*words, "--train_data_dir=x", "--report_to", "none"])
+    assert args.report_to == "none"
+
+
+def test_no_tracker_writes_no_log(flags):
+    run({**flags, "max_train_steps": 1, "report_to": "none"})
+    assert (flags["output_dir"] / "model_index.json").is_file()
+    assert not (flags["output_dir"] / "logs").exists()
 
 
 def test_resume_with_no_value_means_latest():

@@ -21,7 +21,7 @@ import torch
 from conftest import ROOT
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from train_text_to_image_flax import (
     FIELDS,
@@ -896,6 +896,35 @@ def test_the_pipeline_loads_in_pytorch(flax_pipeline):
     again = StableDiffusionPipeline.from_pretrained(folder)
     for part in PARTS:
         assert same_bits(published(getattr(again, part), part), published(getattr(torch_pipeline, part), part))
+
+
+@pytest.mark.parametrize("pairs", ["lists", "strings"])
+def test_the_vocabulary_of_a_base_that_has_only_tokenizer_json(pairs, pipeline_folder, tmp_path):
+    """As transformers 5 saves it, with merges in either form: the older libraries find the files that they read."""
+    source = shutil.copytree(pipeline_folder, tmp_path / "source")
+    original = shutil.copytree(source / "tokenizer", tmp_path / "original")
+    for name in ("vocab.json", "merges.txt"):
+        (source / "tokenizer" / name).unlink()
+    path = source / "tokenizer" / "tokenizer.json"
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    merges = [merge if isinstance(merge, list) else merge.split() for merge in contents["model"]["merges"]]
+    contents["model"]["merges"] = merges if pairs == "lists" else [" ".join(merge) for merge in merges]
+    path.write_text(json.dumps(contents), encoding="utf-8")
+    models, weights = zip(*(load(source / part) for part in PARTS), strict=True)
+    models, weights = (dict(zip(PARTS, values, strict=True)) for values in (models, weights))
+    args = Namespace(output_dir=str(tmp_path / "output"), save_flax_weights=False, variant=None)
+    (tmp_path / "output").mkdir()
+    save_frozen_parts(args, source, result_index(source, None), models, weights)
+    result = tmp_path / "output" / "tokenizer"
+    vocabularies = [json.loads((folder / "vocab.json").read_text(encoding="utf-8")) for folder in (original, result)]
+    assert vocabularies[0] == vocabularies[1]
+    assert (original / "merges.txt").read_text(encoding="utf-8") == (result / "merges.txt").read_text(encoding="utf-8")
+    (result / "tokenizer.json").unlink()
+    captions = ["a picture of red dots", "Grün & 猫!"]
+    ids = [
+        CLIPTokenizer.from_pretrained(folder)(captions).input_ids for folder in (pipeline_folder / "tokenizer", result)
+    ]
+    assert ids[0] == ids[1]
 
 
 @pytest.mark.skipif(
