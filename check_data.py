@@ -5,12 +5,16 @@ python check_data.py --train_data_dir=my_images --resolution=512 --tokenizer=my_
 
 import argparse
 import glob
-import io
+import json
+import logging
 import os
+import re
 import signal
 import sys
+import unicodedata
 from collections import defaultdict
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 
 class RunError(Exception):
@@ -20,7 +24,7 @@ class RunError(Exception):
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--train_data_dir", help="folder of images with a metadata.jsonl of captions")
+    add("--train_data_dir", help="folder of images with captions in a metadata.jsonl or in .txt files")
     add("--dataset_name", help="data set: a Hub id, a local copy of one, or a folder written by save_to_disk")
     add("--dataset_config_name", help="configuration of the data set, if it has several")
     add("--cache_dir", help="folder for downloaded data sets and tokenizers")
@@ -28,7 +32,10 @@ def parse_args(input_args=None):
     add("--caption_column", default="text", help='column of the captions; "" checks none, for the decoder')
     add("--resolution", type=int, default=512, help="side of the square training images, in pixels")
     add("--tokenizer", help="model or tokenizer (folder or Hub id), to find captions longer than it accepts")
+    add("--write_metadata", action="store_true", help="first write metadata.jsonl from .txt files or names of folders")
     args = parser.parse_args(input_args)
+    if args.write_metadata and (args.dataset_name or not args.caption_column):
+        parser.error("argument --write_metadata: is for --train_data_dir, with captions")
     if args.resolution <= 0 or not (args.dataset_name or args.train_data_dir):
         parser.error("give a data set, --dataset_name or --train_data_dir, and a --resolution larger than 0")
     return args
@@ -40,40 +47,125 @@ if __name__ == "__main__":
     command_line = parse_args()
 
 import datasets
+import fsspec
 import numpy as np
-import PIL.ImageOps  # imports PIL.Image
+import PIL.ImageOps  # and PIL.Image
 from tqdm.auto import tqdm
 
+# Of the training scripts ----------------------------------------------------------------------------------------------
+logger = logging.getLogger(__name__)
+logger.disabled = True  # the report says it
+PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks
+fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
+LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
 
+
+def place_images(args, dataset, columns):
+    """Undecoded images by their paths on disk, those for tests left out; .txt files beside them if without metadata."""
+    folder, column, found = os.path.abspath(args.dataset_name or args.train_data_dir), columns[0], dataset.column_names
+    dataset = dataset.select_columns([name for name in columns if name in dataset.column_names])
+    dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    contents, named = dataset.data.column(column).flatten()
+    if contents.null_count < len(contents):  # inside the data set's own files
+        return dataset
+    endings = tuple(datasets.packaged_modules.imagefolder.ImageFolder.EXTENSIONS)
+    files = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
+    archives = [f"zip://::{path}" for path in files if path.lower().endswith(".zip")]
+    files += datasets.utils.file_utils.FilesIterable.from_urlpaths(archives)
+    images = [path for path in files if path.partition("::")[0].lower().endswith(endings)]
+    on_disk = {unicodedata.normalize("NFC", path): path for path in images} | {path: path for path in images}
+    paths = [path if "://" in path else os.path.join(folder, path) for path in named.fill_null("").to_pylist()]
+    paths = [on_disk.get(path, on_disk.get(unicodedata.normalize("NFC", path), path)) for path in paths]
+    if paths != named.to_pylist():
+        dataset = datasets.Dataset.from_dict(dataset.to_dict() | {column: paths}, dataset.features)
+    if columns[1:] and set(found) <= {"image", "label"}:  # no metadata
+        texts = [datasets.utils.file_utils.xPath(path).with_suffix(".txt") for path in paths]
+        captions = [text.read_bytes().decode("utf-8-sig") if text.exists() else None for text in texts]
+        dataset = dataset.add_column(columns[1], captions) if any(captions) else dataset
+    rows = [row for row, path in enumerate(paths) if args.dataset_name or not LEFT_OUT.search(path.replace(folder, ""))]
+    if left_out := sorted(set(images).difference(paths[row] for row in rows)):
+        logger.warning(f"left out {len(left_out)} images, for tests or without metadata: {', '.join(left_out[:3])} ...")
+    return dataset.select(rows).flatten_indices() if len(rows) < len(paths) else dataset
+
+
+def read_image(value, row="(unnamed)"):
+    """Decode {"bytes": bytes or None, "path": str or None} to an upright RGB `PIL.Image` on white. Raises RunError."""
+    try:
+        image = PIL.ImageOps.exif_transpose(datasets.Image().decode_example(value))
+        if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 255
+            image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+        if image.mode == "F":  # floats are taken as 0 to 1
+            image = PIL.Image.fromarray((np.asarray(image).clip(0, 1) * 255).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+        return image.convert("RGB")
+    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
+        raise RunError(f"image {value['path'] or row} cannot be read: {error}") from error
+
+
+# The check ------------------------------------------------------------------------------------------------------------
 def images_in(folder):
-    paths = glob.iglob(os.path.join(glob.escape(os.path.abspath(folder)), "**"), recursive=True)  # no hidden ones
-    return (path for path in paths if os.path.splitext(path)[1].lower() in PIL.Image.registered_extensions())
+    """The visible images in a folder and its .zip archives, sorted."""
+    files = glob.glob(os.path.join(glob.escape(os.path.abspath(folder)), "**"), recursive=True)
+    archives = [f"zip://::{path}" for path in files if path.lower().endswith(".zip")]
+    files += datasets.utils.file_utils.FilesIterable.from_urlpaths(archives)
+    endings = tuple(datasets.packaged_modules.imagefolder.ImageFolder.EXTENSIONS)
+    return sorted(path for path in files if path.partition("::")[0].lower().endswith(endings))
+
+
+def read_caption(path):
+    """The caption in the .txt file beside an image, or None. Raises RunError."""
+    try:
+        text = datasets.utils.file_utils.xPath(path).with_suffix(".txt")
+        return " ".join(text.read_bytes().decode("utf-8-sig").split()) if text.exists() else None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{text} is not UTF-8: {error}") from error
+
+
+def write_metadata(args):
+    """Write metadata.jsonl: captions are in .txt files beside the images, or else the names of their folders."""
+    folder, rows = os.path.abspath(args.train_data_dir), []
+    for path in glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True):
+        if re.fullmatch(r"metadata\.(jsonl|csv|parquet)|.*\.zip", os.path.basename(path)):
+            raise RunError(f"--write_metadata: {path} exists (a metadata file stays as it is, an archive has its own)")
+    for path in images_in(folder):
+        name, caption = Path(path).relative_to(folder), read_caption(path)
+        if caption is None and not name.parent.name:
+            raise RunError(f"--write_metadata: {path}: has no .txt file, and no folder of its kind")
+        caption = name.parent.name.replace("_", " ") if caption is None else caption
+        rows.append({"file_name": name.as_posix(), args.caption_column: caption})
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    Path(folder, "metadata.jsonl").write_bytes(lines.encode())
 
 
 def load_rows(args):
     """Load the training split as the scripts do, with undecoded images: {"bytes", "path"}."""
-    source = args.dataset_name or args.train_data_dir
-    if not args.dataset_name:
-        if not any(images_in(source)):
-            raise RunError("there are no images in it" if os.path.isdir(source) else "there is no such folder")
-        files = {"train": glob.escape(os.path.join(source, "")) + "**"}
-        dataset = datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
-    elif any(os.path.isfile(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")):
+    source, columns = args.dataset_name or args.train_data_dir, [args.image_column, args.caption_column]
+    if any(os.path.isfile(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")):
         dataset = datasets.load_from_disk(source)
     else:
-        options = {"data_dir": args.train_data_dir, "cache_dir": args.cache_dir}
-        dataset = datasets.load_dataset(source, args.dataset_config_name, **options)
+        own = {"data_files": {"train": os.path.join(glob.escape(source), "**")}}
+        options = {"name": args.dataset_config_name, "data_dir": args.train_data_dir} if args.dataset_name else own
+        dataset = datasets.load_dataset(args.dataset_name or "imagefolder", cache_dir=args.cache_dir, **options)
     dataset = dataset.get("train", ()) if isinstance(dataset, dict) else dataset
     if len(dataset) == 0:
         raise RunError("there are no rows, or no split 'train'")
-    if not isinstance(dataset.features.get(args.image_column), datasets.Image):
-        raise RunError(f"--image_column {args.image_column}: no column of images in {dataset.features}")
-    text = dataset.features.get(args.caption_column)
-    if args.caption_column and getattr(getattr(text, "feature", text), "dtype", "") not in ("string", "large_string"):
-        hint = 'captions of a folder belong in its metadata.jsonl; --caption_column "" checks none'
-        raise RunError(f"--caption_column {args.caption_column}: no column of text in {dataset.features}; {hint}")
-    columns = [column for column in (args.image_column, args.caption_column) if column]
-    return dataset.select_columns(columns).cast_column(args.image_column, datasets.Image(decode=False))
+    found = dataset.column_names
+    if args.image_column not in found:
+        raise RunError(f"--image_column {args.image_column}: no such column in {found}")
+    if args.caption_column and set(found) <= {"image", "label"}:
+        for path in images_in(source):
+            read_caption(path)  # names the file that cannot be read
+    dataset = place_images(args, dataset, columns[: 1 + bool(args.caption_column)])
+    if args.caption_column and args.caption_column not in dataset.column_names:
+        hint = "captions belong in a metadata.jsonl or in .txt files beside the images; --write_metadata makes a "
+        hint += 'metadata.jsonl from .txt files or from the names of folders; --caption_column "" checks none'
+        raise RunError(f"--caption_column {args.caption_column}: no such column in {found}; {hint}")
+    feature = dataset.features.get(args.caption_column, datasets.Value("string"))
+    if not isinstance(getattr(feature, "feature", feature), datasets.Value):
+        raise RunError(f"--caption_column {args.caption_column}: no column of text but {feature}")
+    return dataset
 
 
 def load_tokenizer(path, cache_dir):
@@ -86,28 +178,12 @@ def load_tokenizer(path, cache_dir):
     raise RunError(f"--tokenizer {path}: there is no tokenizer")
 
 
-def read_image(value):
-    """Decode {"bytes": bytes or None, "path": str or None} to an upright RGB `PIL.Image` on white. Raises RunError."""
-    try:
-        image = PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
-        image = PIL.ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 255
-            image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
-        if image.mode == "F":  # floats are taken as 0 to 1
-            image = PIL.Image.fromarray((np.asarray(image).clip(0, 1) * 255).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-        return image.convert("RGB")
-    except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        raise RunError(f"image {value['path'] or value.get('name', '(unnamed)')} cannot be read: {error}") from error
-
-
 def check_row(args, dataset, tokenizer, row):
     """Read a row. Returns [fraction of its image that the square crop cuts off] and its findings, [(kind, details)]."""
     values, crop, found = dataset[row], [], []
     image, captions = values[args.image_column], values.get(args.caption_column, "-")
-    name = f"row {row}" + (f" ({os.path.basename(image['path'])})" if image and image["path"] else "")
+    path = image and image["path"]  # of an image in an archive zip://NAME::ARCHIVE
+    name = f"row {row}" + (f" ({os.path.basename(path.partition('::')[0])})" if path else "")
     try:
         if image is None:
             raise RunError("there is no image")
@@ -117,9 +193,10 @@ def check_row(args, dataset, tokenizer, row):
             found.append((f"enlarged: images smaller than {args.resolution} pixels", f"{name}: {width} x {height}"))
     except RunError as error:
         found.append(("refused: images that cannot be read", f"row {row}: {error}"))
-    captions = [captions] if isinstance(captions, str) else captions or [None]
+    captions = captions or [None] if isinstance(captions, list) else [captions]
     if None in captions:
-        return crop, [*found, ("refused: rows without a caption", name)]
+        return crop, [*found, ("refused: rows without a caption (.csv files lose None and n/a)", name)]
+    captions = [str(caption) for caption in captions]  # of numbers
     found += [("kept: captions that are empty", name) for caption in captions if not caption.strip()]
     for tokens in tokenizer(captions, verbose=False).input_ids if tokenizer else []:
         if len(tokens) > tokenizer.model_max_length:
@@ -129,6 +206,8 @@ def check_row(args, dataset, tokenizer, row):
 
 def main(args):
     try:
+        if args.write_metadata:
+            write_metadata(args)
         dataset = load_rows(args)
         tokenizer = load_tokenizer(args.tokenizer, args.cache_dir) if args.tokenizer else None
     except Exception as error:  # libraries raise exceptions of all kinds
@@ -141,9 +220,11 @@ def main(args):
         refused += any(kind.startswith("refused") for kind, _ in found)
         for kind, details in found:
             findings[kind].append(details if len(findings[kind]) < 5 else None)
-    if not args.dataset_name:
-        named = {image["path"] for image in dataset[args.image_column]}
-        findings["left out: images that no metadata line names"] = sorted(set(images_in(args.train_data_dir)) - named)
+    source = os.path.abspath(args.dataset_name or args.train_data_dir)
+    named = set(dataset.data.column(args.image_column).flatten()[1].to_pylist())
+    for path in (path for path in images_in(source) if path not in named):
+        held_out = LEFT_OUT.search(path.replace(source, ""))
+        findings["left out: images " + ("for tests" if held_out else "that no metadata line names")].append(path)
     average, most = (f"{share:.1%}" for share in (np.mean(crops or 0), max(crops, default=0)))
     print(f"{len(dataset):,} rows; the square crop takes {average} of an image on average, {most} at most")
     for kind, details in sorted(findings.items()):

@@ -24,7 +24,6 @@ import functools
 import glob
 import hashlib
 import importlib.util
-import io
 import itertools
 import json
 import logging
@@ -39,7 +38,6 @@ import threading
 import time
 import traceback
 import unicodedata
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -90,7 +88,7 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="data set: a Hub id, a local copy of one, or a folder written by save_to_disk")
     add("--dataset_config_name", help="configuration of the data set, if it has several")
-    add("--train_data_dir", help="folder of images with a metadata.jsonl of captions")
+    add("--train_data_dir", help="folder of images with captions in a metadata.jsonl or in .txt files")
     add("--image_column", default="image", help="column of the images")
     add("--caption_column", default="text", help="column of the captions; if a row has a list, one is sampled")
     add("--max_train_samples", type=count, help="train on this many rows, sampled with --seed")
@@ -176,13 +174,13 @@ if __name__ == "__main__":
 import datasets
 import flax.serialization
 import flax.traverse_util
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-import PIL.Image
-import PIL.ImageOps
+import PIL.ImageOps  # and PIL.Image
 import safetensors.numpy
 from absl import logging as absl_logging
 from flax import nnx
@@ -1426,6 +1424,10 @@ def save_result(args, folder, unet_folder, index, model, params, prediction_type
 
 
 logger = logging.getLogger(__name__)
+PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks
+fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
+LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
+CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
 
 
 class RunError(Exception):
@@ -1455,35 +1457,65 @@ def naming(what):
 # Data sets and the stream of examples ---------------------------------------------------------------------------------
 def load_train_dataset(args, flags, seed):
     """Load the columns of the training split that `flags` name, images undecoded. Raises RunError."""
-    source = args.dataset_name or args.train_data_dir
+    source, columns = args.dataset_name or args.train_data_dir, [getattr(args, flag) for flag in flags]
     if not args.dataset_name and not Path(source).is_dir():
         raise RunError(f"--train_data_dir {source}: there is no such folder")
     with naming(f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}"):
-        if Path(source, "state.json").is_file() or Path(source, "dataset_dict.json").is_file():
+        if any(Path(source, name).is_file() for name in ("state.json", "dataset_dict.json")):
             dataset = datasets.load_from_disk(source)
-        elif args.dataset_name:
-            options = {"data_dir": args.train_data_dir, "cache_dir": args.cache_dir}
-            dataset = datasets.load_dataset(source, args.dataset_config_name, **options)
         else:
-            files = {"train": os.path.join(glob.escape(source), "**")}
-            dataset = datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
+            own = {"data_files": {"train": os.path.join(glob.escape(source), "**")}}
+            options = {"name": args.dataset_config_name, "data_dir": args.train_data_dir} if args.dataset_name else own
+            dataset = datasets.load_dataset(args.dataset_name or "imagefolder", cache_dir=args.cache_dir, **options)
         dataset = dataset["train"] if isinstance(dataset, dict) else dataset
-    columns = [getattr(args, flag) for flag in flags]
+    found = dataset.column_names
     for flag, column in zip(flags, columns, strict=True):
         if column not in dataset.column_names:
-            raise RunError(f"--{flag} {column}: no such column in {dataset.column_names} (folders: metadata.jsonl)")
-        feature, values = dataset.features[column], dataset.data.column(column)
+            raise RunError(f"--{flag} {column}: no such column in {found}; for captions of a folder see check_data.py")
+        feature = dataset.features[column]
         is_list = isinstance(feature, datasets.List)
-        is_text = getattr(feature.feature if is_list else feature, "dtype", None) in ("string", "large_string")
-        if not (isinstance(feature, datasets.Image) if flag == "image_column" else is_text):
-            raise RunError(f"--{flag} {column}: holds {feature}")
+        with naming(f"--{flag} {column}: holds {feature}"):
+            if flag == "image_column":
+                dataset = place_images(args, dataset, columns)
+            elif getattr(feature.feature if is_list else feature, "dtype", None) not in ("string", "large_string"):
+                change = {"feature": datasets.Value("string")} if is_list else {"dtype": "string"}  # numbers
+                dataset = dataset.cast_column(column, dataclasses.replace(feature, **change))
+        values = dataset.data.column(column)
         empty = [not row or None in row for row in values.to_pylist()] if is_list else values.is_null().to_pylist()
-        if True in empty or not empty:
-            raise RunError(f"--{flag} {column}: " + (f"row {empty.index(True)} is empty" if empty else "has no rows"))
-    dataset = dataset.select_columns(columns).cast_column(args.image_column, datasets.Image(decode=False))
+        if True in empty:
+            path = (dataset[empty.index(True)][args.image_column] or {}).get("path") or "unnamed"
+            raise RunError(f"--{flag} {column}: row {empty.index(True)} is empty, of {path}; .csv loses None and n/a")
     if args.max_train_samples:
         dataset = dataset.select(random_generator(seed, 3).permutation(len(dataset))[: args.max_train_samples])
     return dataset
+
+
+def place_images(args, dataset, columns):
+    """Undecoded images by their paths on disk, those for tests left out; .txt files beside them if without metadata."""
+    folder, column, found = os.path.abspath(args.dataset_name or args.train_data_dir), columns[0], dataset.column_names
+    dataset = dataset.select_columns([name for name in columns if name in dataset.column_names])
+    dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    contents, named = dataset.data.column(column).flatten()
+    if contents.null_count < len(contents):  # inside the data set's own files
+        return dataset
+    endings = tuple(datasets.packaged_modules.imagefolder.ImageFolder.EXTENSIONS)
+    files = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
+    archives = [f"zip://::{path}" for path in files if path.lower().endswith(".zip")]
+    files += datasets.utils.file_utils.FilesIterable.from_urlpaths(archives)
+    images = [path for path in files if path.partition("::")[0].lower().endswith(endings)]
+    on_disk = {unicodedata.normalize("NFC", path): path for path in images} | {path: path for path in images}
+    paths = [path if "://" in path else os.path.join(folder, path) for path in named.fill_null("").to_pylist()]
+    paths = [on_disk.get(path, on_disk.get(unicodedata.normalize("NFC", path), path)) for path in paths]
+    if paths != named.to_pylist():
+        dataset = datasets.Dataset.from_dict(dataset.to_dict() | {column: paths}, dataset.features)
+    if columns[1:] and set(found) <= {"image", "label"}:  # no metadata
+        texts = [datasets.utils.file_utils.xPath(path).with_suffix(".txt") for path in paths]
+        captions = [text.read_bytes().decode("utf-8-sig") if text.exists() else None for text in texts]
+        dataset = dataset.add_column(columns[1], captions) if any(captions) else dataset
+    rows = [row for row, path in enumerate(paths) if args.dataset_name or not LEFT_OUT.search(path.replace(folder, ""))]
+    if left_out := sorted(set(images).difference(paths[row] for row in rows)):
+        logger.warning(f"left out {len(left_out)} images, for tests or without metadata: {', '.join(left_out[:3])} ...")
+    return dataset.select(rows).flatten_indices() if len(rows) < len(paths) else dataset
 
 
 def readable_rows(args, dataset):
@@ -1507,11 +1539,10 @@ def readable_rows(args, dataset):
     return [row for row in range(len(dataset)) if row >= last or not problems[row]]
 
 
-def read_image(value):
+def read_image(value, row="(unnamed)"):
     """Decode {"bytes": bytes or None, "path": str or None} to an upright RGB `PIL.Image` on white. Raises RunError."""
     try:
-        image = PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
-        image = PIL.ImageOps.exif_transpose(image)
+        image = PIL.ImageOps.exif_transpose(datasets.Image().decode_example(value))
         if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 255
             image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
         if image.mode == "F":  # floats are taken as 0 to 1
@@ -1521,7 +1552,7 @@ def read_image(value):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        raise RunError(f"image {value['path'] or value.get('name', '(unnamed)')} cannot be read: {error}") from error
+        raise RunError(f"image {value['path'] or row} cannot be read: {error}") from error
 
 
 def random_generator(seed, *key):
@@ -1539,8 +1570,8 @@ def permutation(seed, epoch, length):
 class ExampleStream:
     """All examples of a run, by position: position k is a row and its randomness, functions of the seed and k alone."""
 
-    rows: Sequence
-    preprocess: Callable  # (row, np.random.Generator) to a dict of tensors
+    rows: datasets.Dataset
+    preprocess: functools.partial  # (row, np.random.Generator) to a dict of tensors
     seed: int
 
     def __getitem__(self, position):
@@ -1582,9 +1613,6 @@ def read_ahead(stream, positions, rows, threads):
 
 
 # Cached encodings -----------------------------------------------------------------------------------------------------
-CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
-
-
 def cached_encodings(args, dataset, settings, weights, encode):
     """The rows {"encodings": bytes} of `dataset`, memory-mapped from --cache_encodings. Encodes those that are missing.
 
@@ -1651,10 +1679,11 @@ def row_digests(args, dataset):
     data_folder = os.path.abspath(args.train_data_dir or args.dataset_name)
 
     def row_digest(image, *captions):
-        with open(image["path"], "rb") as file:
+        name, _, path = image["path"].rpartition("::")  # in an archive
+        with open(path, "rb") as file:
             stat = os.fstat(file.fileno())
             ends = [file.read(4096), file.seek(max(0, stat.st_size - 4096)), file.read(4096)]
-        facts = [os.path.relpath(image["path"], data_folder), stat.st_size, stat.st_mtime_ns, captions, ends]
+        facts = [name + os.path.relpath(path, data_folder), stat.st_size, stat.st_mtime_ns, captions, ends]
         return hashlib.sha256(repr(facts).encode()).digest()
 
     with ThreadPool(16) as threads:  # to hide the latency of a network disk
@@ -1715,10 +1744,7 @@ def read_checkpoint(checkpoint):
                 raise ValueError(f"{name} is not {size} bytes long")
         return state
     except (OSError, ValueError, KeyError) as error:
-        foreign = (checkpoint / "random_states_0.pkl").exists()
-        hint = (
-            "; it is of the diffusers script: take its weights as part of a pipeline to start from" if foreign else ""
-        )
+        hint = "; it is of diffusers' script: start from its weights" * (checkpoint / "random_states_0.pkl").exists()
         logger.warning(f"{checkpoint}: not a complete checkpoint of this script: {error}{hint}")
 
 
@@ -2142,13 +2168,9 @@ def as_json(value, indent=None):
 def write_model_card(args, base, name, seed, tags, text, **metadata):
     """Write output_dir/README.md. base: what was fine-tuned; name: of the result; tags: for the Hub; text: Markdown."""
     source = args.dataset_name or args.train_data_dir
-    metadata = ModelCardData(
-        base_model=None if Path(base).exists() else base,  # the Hub accepts no local folder
-        datasets=None if Path(source).exists() else [source],
-        library_name="diffusers",
-        tags=[*tags, "text-to-image", "diffusers", "diffusers-training"],
-        **metadata,
-    )
+    settings = {"library_name": "diffusers", "tags": [*tags, "text-to-image", "diffusers", "diffusers-training"]}
+    base_id, data_id = (None if Path(each).exists() else each for each in (base, source))  # the Hub takes no folders
+    metadata = ModelCardData(base_model=base_id, datasets=data_id and [data_id], **settings, **metadata)
     title = re.sub(r"[^\w./ -]", "-", Path(name).resolve().name if Path(name).exists() else name)
     flags = as_json(recorded_arguments(args, seed), indent=2)
     parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}", text, f"Flags of the run:\n\n```json\n{flags}\n```\n"]

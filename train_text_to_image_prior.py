@@ -22,15 +22,12 @@ import dataclasses
 import functools
 import glob
 import hashlib
-import io
 import itertools
 import json
 import logging
 import math
-import multiprocessing
 import os
 import re
-import secrets
 import shlex
 import shutil
 import signal
@@ -38,7 +35,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+import unicodedata
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -85,7 +82,7 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("data").add_argument
     add("--dataset_name", help="data set: a Hub id, a local copy of one, or a folder written by save_to_disk")
     add("--dataset_config_name", help="configuration of the data set, if it has several")
-    add("--train_data_dir", help="folder of images with a metadata.jsonl of captions")
+    add("--train_data_dir", help="folder of images with captions in a metadata.jsonl or in .txt files")
     add("--image_column", default="image", help="column of the images")
     add("--caption_column", default="text", help="column of the captions; if a row has a list, one is sampled")
     add("--max_train_samples", type=count, help="train on this many rows, sampled with --seed")
@@ -165,9 +162,9 @@ if __name__ == "__main__":
 import accelerate
 import datasets
 import diffusers
+import fsspec
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
+import PIL.ImageOps  # and PIL.Image
 import torch
 import torchvision
 import transformers
@@ -319,9 +316,8 @@ def training_losses(batch, prior, image_encoder, text_encoder, clip_mean, clip_s
 
     timesteps = batch["timesteps"]
     noisy = add_noise(clean, batch["noise"], alphas_cumprod[timesteps, None])
-    model_pred = prior(
-        noisy, timesteps, conditions["text_embeds"], conditions["text_states"], conditions["attention_mask"]
-    ).predicted_image_embedding
+    conditions = [conditions[name] for name in ("text_embeds", "text_states", "attention_mask")]
+    model_pred = prior(noisy, timesteps, *conditions).predicted_image_embedding
     weight = torch.ones_like(timesteps, dtype=torch.float32)
     if args.snr_gamma:
         weight = min_snr_weight("sample", signal_to_noise_ratio(alphas_cumprod[timesteps]), args.snr_gamma)
@@ -491,6 +487,7 @@ def main(args):
 
     # One stream of examples for the whole run, entered where the checkpoint left it.
     rows, preprocess = prepare_rows(accelerator, args, dataset, tokenizer, image_processor, image_encoder, text_encoder)
+    frozen_parts = (image_encoder, text_encoder, clip_mean, clip_std)
     preprocess = functools.partial(preprocess, image_encoder.config.projection_dim, len(alphas_cumprod))
     positions = range(examples_seen, examples_seen + (last_step - first_step) * batch_size)
     batches = make_batches(accelerator, args, ExampleStream(rows, preprocess, seed), positions)
@@ -505,9 +502,7 @@ def main(args):
             for _ in range(args.gradient_accumulation_steps):
                 batch = log.next_batch(batches)
                 with accelerator.accumulate(prior):
-                    loss = training_losses(
-                        batch, prior, image_encoder, text_encoder, clip_mean, clip_std, alphas_cumprod, args
-                    )
+                    loss = training_losses(batch, prior, *frozen_parts, alphas_cumprod, args)
                     accelerator.backward(loss.mean())
                     if accelerator.sync_gradients:
                         gradient_norm = accelerator.clip_grad_norm_(prior.parameters(), args.max_grad_norm)
@@ -556,6 +551,11 @@ def main(args):
 # ----------------------------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
+PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks
+fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
+LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
 
 
 class RunError(Exception):
@@ -585,35 +585,65 @@ def naming(what):
 # Data sets and the stream of examples ---------------------------------------------------------------------------------
 def load_train_dataset(args, flags, seed):
     """Load the columns of the training split that `flags` name, images undecoded. Raises RunError."""
-    source = args.dataset_name or args.train_data_dir
+    source, columns = args.dataset_name or args.train_data_dir, [getattr(args, flag) for flag in flags]
     if not args.dataset_name and not Path(source).is_dir():
         raise RunError(f"--train_data_dir {source}: there is no such folder")
     with naming(f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}"):
-        if Path(source, "state.json").is_file() or Path(source, "dataset_dict.json").is_file():
+        if any(Path(source, name).is_file() for name in ("state.json", "dataset_dict.json")):
             dataset = datasets.load_from_disk(source)
-        elif args.dataset_name:
-            options = {"data_dir": args.train_data_dir, "cache_dir": args.cache_dir}
-            dataset = datasets.load_dataset(source, args.dataset_config_name, **options)
         else:
-            files = {"train": os.path.join(glob.escape(source), "**")}
-            dataset = datasets.load_dataset("imagefolder", data_files=files, cache_dir=args.cache_dir)
+            own = {"data_files": {"train": os.path.join(glob.escape(source), "**")}}
+            options = {"name": args.dataset_config_name, "data_dir": args.train_data_dir} if args.dataset_name else own
+            dataset = datasets.load_dataset(args.dataset_name or "imagefolder", cache_dir=args.cache_dir, **options)
         dataset = dataset["train"] if isinstance(dataset, dict) else dataset
-    columns = [getattr(args, flag) for flag in flags]
+    found = dataset.column_names
     for flag, column in zip(flags, columns, strict=True):
         if column not in dataset.column_names:
-            raise RunError(f"--{flag} {column}: no such column in {dataset.column_names} (folders: metadata.jsonl)")
-        feature, values = dataset.features[column], dataset.data.column(column)
+            raise RunError(f"--{flag} {column}: no such column in {found}; for captions of a folder see check_data.py")
+        feature = dataset.features[column]
         is_list = isinstance(feature, datasets.List)
-        is_text = getattr(feature.feature if is_list else feature, "dtype", None) in ("string", "large_string")
-        if not (isinstance(feature, datasets.Image) if flag == "image_column" else is_text):
-            raise RunError(f"--{flag} {column}: holds {feature}")
+        with naming(f"--{flag} {column}: holds {feature}"):
+            if flag == "image_column":
+                dataset = place_images(args, dataset, columns)
+            elif getattr(feature.feature if is_list else feature, "dtype", None) not in ("string", "large_string"):
+                change = {"feature": datasets.Value("string")} if is_list else {"dtype": "string"}  # numbers
+                dataset = dataset.cast_column(column, dataclasses.replace(feature, **change))
+        values = dataset.data.column(column)
         empty = [not row or None in row for row in values.to_pylist()] if is_list else values.is_null().to_pylist()
-        if True in empty or not empty:
-            raise RunError(f"--{flag} {column}: " + (f"row {empty.index(True)} is empty" if empty else "has no rows"))
-    dataset = dataset.select_columns(columns).cast_column(args.image_column, datasets.Image(decode=False))
+        if True in empty:
+            path = (dataset[empty.index(True)][args.image_column] or {}).get("path") or "unnamed"
+            raise RunError(f"--{flag} {column}: row {empty.index(True)} is empty, of {path}; .csv loses None and n/a")
     if args.max_train_samples:
         dataset = dataset.select(random_generator(seed, 3).permutation(len(dataset))[: args.max_train_samples])
     return dataset
+
+
+def place_images(args, dataset, columns):
+    """Undecoded images by their paths on disk, those for tests left out; .txt files beside them if without metadata."""
+    folder, column, found = os.path.abspath(args.dataset_name or args.train_data_dir), columns[0], dataset.column_names
+    dataset = dataset.select_columns([name for name in columns if name in dataset.column_names])
+    dataset = dataset.cast_column(column, datasets.Image(decode=False))
+    contents, named = dataset.data.column(column).flatten()
+    if contents.null_count < len(contents):  # inside the data set's own files
+        return dataset
+    endings = tuple(datasets.packaged_modules.imagefolder.ImageFolder.EXTENSIONS)
+    files = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
+    archives = [f"zip://::{path}" for path in files if path.lower().endswith(".zip")]
+    files += datasets.utils.file_utils.FilesIterable.from_urlpaths(archives)
+    images = [path for path in files if path.partition("::")[0].lower().endswith(endings)]
+    on_disk = {unicodedata.normalize("NFC", path): path for path in images} | {path: path for path in images}
+    paths = [path if "://" in path else os.path.join(folder, path) for path in named.fill_null("").to_pylist()]
+    paths = [on_disk.get(path, on_disk.get(unicodedata.normalize("NFC", path), path)) for path in paths]
+    if paths != named.to_pylist():
+        dataset = datasets.Dataset.from_dict(dataset.to_dict() | {column: paths}, dataset.features)
+    if columns[1:] and set(found) <= {"image", "label"}:  # no metadata
+        texts = [datasets.utils.file_utils.xPath(path).with_suffix(".txt") for path in paths]
+        captions = [text.read_bytes().decode("utf-8-sig") if text.exists() else None for text in texts]
+        dataset = dataset.add_column(columns[1], captions) if any(captions) else dataset
+    rows = [row for row, path in enumerate(paths) if args.dataset_name or not LEFT_OUT.search(path.replace(folder, ""))]
+    if left_out := sorted(set(images).difference(paths[row] for row in rows)):
+        logger.warning(f"left out {len(left_out)} images, for tests or without metadata: {', '.join(left_out[:3])} ...")
+    return dataset.select(rows).flatten_indices() if len(rows) < len(paths) else dataset
 
 
 def readable_rows(args, dataset):
@@ -637,11 +667,10 @@ def readable_rows(args, dataset):
     return [row for row in range(len(dataset)) if row >= last or not problems[row]]
 
 
-def read_image(value):
+def read_image(value, row="(unnamed)"):
     """Decode {"bytes": bytes or None, "path": str or None} to an upright RGB `PIL.Image` on white. Raises RunError."""
     try:
-        image = PIL.Image.open(value["path"] if value["bytes"] is None else io.BytesIO(value["bytes"]))
-        image = PIL.ImageOps.exif_transpose(image)
+        image = PIL.ImageOps.exif_transpose(datasets.Image().decode_example(value))
         if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip to 255
             image = PIL.Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
         if image.mode == "F":  # floats are taken as 0 to 1
@@ -651,7 +680,7 @@ def read_image(value):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        raise RunError(f"image {value['path'] or value.get('name', '(unnamed)')} cannot be read: {error}") from error
+        raise RunError(f"image {value['path'] or row} cannot be read: {error}") from error
 
 
 def random_generator(seed, *key):
@@ -669,8 +698,8 @@ def permutation(seed, epoch, length):
 class ExampleStream:
     """All examples of a run, by position: position k is a row and its randomness, functions of the seed and k alone."""
 
-    rows: Sequence
-    preprocess: Callable  # (row, np.random.Generator) to a dict of tensors
+    rows: datasets.Dataset
+    preprocess: functools.partial  # (row, np.random.Generator) to a dict of tensors
     seed: int
 
     def __getitem__(self, position):
@@ -689,49 +718,36 @@ def make_batches(accelerator, args, stream, positions):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = 0 if on_cpu else max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
         if workers and os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").total < 2**30:
-            logger.warning(
-                "--dataloader_num_workers 0, since /dev/shm is small; a container gets more by --shm-size=8g"
-            )
+            logger.warning("/dev/shm is small (a container gets more by --shm-size=8g): --dataloader_num_workers 0")
             workers = 0
-    dataloader = torch.utils.data.DataLoader(
-        stream,
-        sampler=positions,
-        batch_size=args.train_batch_size,
-        num_workers=workers,
-        prefetch_factor=4 if workers else None,
-        worker_init_fn=ignore_stop_signals,
-        pin_memory=not on_cpu,
-    )
+    options = {"num_workers": workers, "prefetch_factor": 4 if workers else None, "pin_memory": not on_cpu}
+    options |= {"batch_size": args.train_batch_size, "worker_init_fn": ignore_stop_signals}
+    dataloader = torch.utils.data.DataLoader(stream, sampler=positions, **options)
     return iter(accelerator.prepare_data_loader(dataloader))
 
 
 # Cached encodings -----------------------------------------------------------------------------------------------------
-CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
-
-
 def cached_encodings(accelerator, args, dataset, settings, models, encode):
     """The rows {"encodings": bytes} of `dataset`, memory-mapped from --cache_encodings; encodes missing ones."""
     chunks = on_main_process(accelerator, list_chunks, args, dataset, settings, models)
     own = [chunk for chunk in chunks if not chunk[0].exists()][accelerator.process_index :: accelerator.num_processes]
 
-    def encode_batch(rows, indices, first_row):
+    def encode_batch(batch):
         exit_after(noted_anywhere(noted, None), "while encoding; the same command resumes")
-        images = zip(indices, rows[args.image_column], strict=True)
-        images = [{**image, "name": f"of row {first_row + index}"} for index, image in images]
-        rows[args.image_column] = threads.map(read_image, images)
+        rows = dataset[batch["row"]]
+        rows[args.image_column] = threads.starmap(read_image, zip(rows[args.image_column], batch["row"], strict=True))
         encodings = encode(rows)
         bar.update(len(encodings))
         return {"encodings": encodings}
 
     hidden = not own or not accelerator.is_main_process
     bar = tqdm(total=sum(len(rows) for _, rows in own), desc="encoding", unit="image", disable=hidden)
-    options = {"batched": True, "batch_size": args.train_batch_size, "with_indices": True}
-    options["remove_columns"] = dataset.column_names
+    options = {"batched": True, "batch_size": args.train_batch_size, "remove_columns": "row"}
     with visiting(accelerator, *(models if own else [])), noted_signals() as noted, ThreadPool() as threads, bar:
         for path, rows in own:
             with naming(f"--cache_encodings: rows {rows.start} to {rows.stop} cannot be encoded to {path}"):
-                own_options = {"new_fingerprint": path.stem, "fn_kwargs": {"first_row": rows.start}}
-                dataset.select(rows).map(encode_batch, cache_file_name=str(path), **options, **own_options)
+                numbers = datasets.Dataset.from_dict({"row": rows})
+                numbers.map(encode_batch, cache_file_name=str(path), new_fingerprint=path.stem, **options)
     exit_after(noted_anywhere(noted, None), "while encoding; the same command resumes")
     accelerator.wait_for_everyone()
     parts = []
@@ -767,10 +783,11 @@ def row_digests(args, dataset):
     data_folder = os.path.abspath(args.train_data_dir or args.dataset_name)
 
     def row_digest(image, *captions):
-        with open(image["path"], "rb") as file:
+        name, _, path = image["path"].rpartition("::")  # in an archive
+        with open(path, "rb") as file:
             stat = os.fstat(file.fileno())
             ends = [file.read(4096), file.seek(max(0, stat.st_size - 4096)), file.read(4096)]
-        facts = [os.path.relpath(image["path"], data_folder), stat.st_size, stat.st_mtime_ns, captions, ends]
+        facts = [name + os.path.relpath(path, data_folder), stat.st_size, stat.st_mtime_ns, captions, ends]
         return hashlib.sha256(repr(facts).encode()).digest()
 
     with ThreadPool(16) as threads:  # to hide the latency of a network disk
@@ -807,7 +824,7 @@ def find_start(accelerator, args):
         named = output_dir / f"checkpoint-{Path(wanted).name.removeprefix('checkpoint-')}"
         found = [Path(wanted) if Path(wanted).is_dir() else named]
     complete = ((path, state) for path in found if (state := read_checkpoint(path)))
-    checkpoint, state = next(complete, (None, {"step": 0, "examples_seen": 0, "seed": secrets.randbits(32)}))
+    checkpoint, state = next(complete, (None, {"step": 0, "examples_seen": 0, "seed": int.from_bytes(os.urandom(4))}))
     if wanted and not checkpoint and (earlier_run or wanted != "latest"):
         raise RunError(f"--resume_from_checkpoint {wanted}: there is no complete checkpoint in {output_dir}")
     if wanted and not checkpoint:
@@ -829,10 +846,7 @@ def read_checkpoint(checkpoint):
                 raise ValueError(f"{name} is not {size} bytes long")
         return state
     except (OSError, ValueError, KeyError) as error:
-        foreign = (checkpoint / "random_states_0.pkl").exists()
-        hint = (
-            "; it is of the diffusers script: take its weights as part of a pipeline to start from" if foreign else ""
-        )
+        hint = "; it is of diffusers' script: start from its weights" * (checkpoint / "random_states_0.pkl").exists()
         logger.warning(f"{checkpoint}: not a complete checkpoint of this script: {error}{hint}")
 
 
@@ -884,9 +898,8 @@ def load_optimizer(accelerator, model, optimizer, checkpoint):
     settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
     with naming(f"{checkpoint}: the optimizer cannot be loaded (runs with and without FSDP cannot resume each other)"):
         if accelerator.distributed_type == "FSDP":
-            accelerate.utils.load_fsdp_optimizer(
-                accelerator.state.fsdp_plugin, accelerator, optimizer, model, checkpoint
-            )
+            fsdp = accelerator.state.fsdp_plugin
+            accelerate.utils.load_fsdp_optimizer(fsdp, accelerator, optimizer, model, checkpoint)
         else:
             optimizer.load_state_dict(torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True))
         if accelerator.scaler and (checkpoint / "scaler.pt").exists():  # not after a run in float32 or bf16
@@ -954,8 +967,7 @@ def check_models(args):
     """Raise RunError if a pipeline to start from is a file, or a local folder that is missing or lacks full weights."""
     for flag, path in ((flag, path) for flag, path in vars(args).items() if flag.startswith("pretrained")):
         if Path(path).is_file():
-            convert = "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
-            raise RunError(f"--{flag} {path}: is a single file; convert it by diffusers' {convert}")
+            raise RunError(f"--{flag} {path}: is a file; StableDiffusionPipeline.from_single_file converts it")
         if path.startswith(("/", ".")) and not Path(path).is_dir():
             raise RunError(f"--{flag} {path}: there is no such folder")
         for part in Path(path).glob("*/config.json"):
@@ -980,20 +992,15 @@ def prepare_output_dir(args, first_step, last_step):
 
 
 # Processes and signals ------------------------------------------------------------------------------------------------
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-
-
 def make_accelerator(args):
     """The `Accelerator` of the flags and of accelerate's configuration. Raises RunError if it cannot be used."""
+    folders = ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir))
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # one process encodes, the others wait
+    options = {"mixed_precision": args.mixed_precision, "project_config": folders, "kwargs_handlers": [patience]}
+    options |= {"dataloader_config": accelerate.DataLoaderConfiguration(non_blocking=True)}
+    options |= {"gradient_accumulation_steps": args.gradient_accumulation_steps}
     with naming(f"--mixed_precision {args.mixed_precision}, --report_to {args.report_to}"):
-        accelerator = accelerate.Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, os.path.join(args.output_dir, args.logging_dir)),
-            dataloader_config=accelerate.DataLoaderConfiguration(non_blocking=True),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # one encodes, the others wait
-        )
+        accelerator = accelerate.Accelerator(log_with=None if args.report_to == "none" else args.report_to, **options)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and accelerator.num_processes == 1:
         raise RunError("each process would train alone: on CPUs set ACCELERATE_USE_CPU=true for the launcher")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -1017,9 +1024,7 @@ def make_accelerator(args):
     if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys() and "RANK" not in os.environ:
         logger.warning("accelerate launch: this process trains alone; add --multi_gpu, or on CPUs use torchrun")
         if os.environ["MASTER_ADDR"] not in ("127.0.0.1", "localhost"):
-            raise RunError(
-                "accelerate launch: this is one of several processes, but would train alone; add --multi_gpu"
-            )
+            raise RunError("accelerate launch: one of several processes, which would each train alone; add --multi_gpu")
     return accelerator
 
 
@@ -1074,7 +1079,7 @@ def end_workers():
     """Kill the data workers: they ignore stop signals, and multiprocessing would wait for them for ever at exit."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for each worker that is killed
-    for worker in multiprocessing.active_children():
+    for worker in torch.multiprocessing.active_children():
         worker.kill()
 
 
@@ -1173,8 +1178,7 @@ class UpdateLog:
     def __init__(self, accelerator, args, run, first_step, last_step):
         self.accelerator, self.batch_size = accelerator, run["batch_size"]
         self.updates, self.nonfinite, self.started, self.waited = [], 0, None, 0.0
-        # Without this setting W&B keeps the command line, and an access token in it.
-        settings = {"wandb": {"settings": {"x_disable_meta": True}}}
+        settings = {"wandb": {"settings": {"x_disable_meta": True}}}  # else it keeps the command line, with the token
         with naming(f"--report_to {args.report_to}"):
             accelerator.init_trackers(args.tracker_project_name, recorded_arguments(args, run["seed"]), settings)
         self.bar = tqdm(initial=first_step, total=last_step, unit="step", disable=not accelerator.is_main_process)
@@ -1189,8 +1193,7 @@ class UpdateLog:
 
     def add(self, step, losses, gradient_norm, learning_rate):
         """Take in an update; losses (b,) and gradient_norm () stay on the device."""
-        if isinstance(gradient_norm, DTensor):  # FSDP
-            gradient_norm = gradient_norm.full_tensor()
+        gradient_norm = gradient_norm.full_tensor() if isinstance(gradient_norm, DTensor) else gradient_norm  # FSDP
         self.updates.append((step, time.time(), torch.stack([losses.mean(), gradient_norm]), learning_rate))
         self.bar.update()
 
@@ -1224,13 +1227,9 @@ def as_json(value, indent=None):
 def write_model_card(args, base, name, seed, tags, text, **metadata):
     """Write output_dir/README.md. base: what was fine-tuned; name: of the result; tags: for the Hub; text: Markdown."""
     source = args.dataset_name or args.train_data_dir
-    metadata = ModelCardData(
-        base_model=None if Path(base).exists() else base,  # the Hub accepts no local folder
-        datasets=None if Path(source).exists() else [source],
-        library_name="diffusers",
-        tags=[*tags, "text-to-image", "diffusers", "diffusers-training"],
-        **metadata,
-    )
+    settings = {"library_name": "diffusers", "tags": [*tags, "text-to-image", "diffusers", "diffusers-training"]}
+    base_id, data_id = (None if Path(each).exists() else each for each in (base, source))  # the Hub takes no folders
+    metadata = ModelCardData(base_model=base_id, datasets=data_id and [data_id], **settings, **metadata)
     title = re.sub(r"[^\w./ -]", "-", Path(name).resolve().name if Path(name).exists() else name)
     flags = as_json(recorded_arguments(args, seed), indent=2)
     parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}", text, f"Flags of the run:\n\n```json\n{flags}\n```\n"]

@@ -205,9 +205,9 @@ def broken_images(tmp_path):
     return folder
 
 
-def numbers_as_captions(tmp_path):
-    folder = tiny.make_images(tmp_path / "numbers")
-    rows = [{"file_name": f"{index}.png", "text": index} for index in range(8)]
+def records_as_captions(tmp_path):
+    folder = tiny.make_images(tmp_path / "records")
+    rows = [{"file_name": f"{index}.png", "text": {"en": "dots"}} for index in range(8)]
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -332,7 +332,7 @@ BAD_INPUT = {
     "no such image column": ("image_column", "picture", "--image_column picture: no such column"),
     "no such caption column": ("caption_column", "title", "--caption_column title: no such column"),
     "no metadata": ("train_data_dir", no_captions, "--caption_column text: no such column"),
-    "captions that are numbers": ("train_data_dir", numbers_as_captions, "--caption_column text: holds Value('int64')"),
+    "captions that are no text": ("train_data_dir", records_as_captions, "--caption_column text: holds {'en': Value("),
     "metadata without its image": ("train_data_dir", dangling_metadata, "3.png"),
     "broken image": ("train_data_dir", broken_images, "5.png cannot be read"),
     "resolution": ("resolution", 30, "--resolution 30: "),
