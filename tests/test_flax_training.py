@@ -288,9 +288,7 @@ def linear_loss(params, frozen, batch, key):
 
 
 def small_step(state, batches, step, transform):
-    args = arguments()
-    schedule = lambda count: 0.01 / (1 + count)  # noqa: E731
-    return script.train_step(state, None, batches, None, step, linear_loss, transform, schedule, args)
+    return script.train_step(state, None, batches, None, step, 0.01 / step, linear_loss, transform, arguments())
 
 
 def test_updates_are_those_of_adamw_in_pytorch():
