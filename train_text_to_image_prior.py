@@ -83,7 +83,7 @@ def parse_args(input_args=None):
     limit = number(float, "must be larger than 0", lambda value: value > 0)  # inf: no limit
 
     formatter, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s FLAGS (--help lists them)"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n\nThe")[0], formatter_class=formatter)
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     trackers = ["all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"]
     prior, decoder = "kandinsky-community/kandinsky-2-2-prior", "kandinsky-community/kandinsky-2-2-decoder"

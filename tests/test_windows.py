@@ -1,5 +1,6 @@
 """On a Python without what Windows and macOS lack, a script trains to checkpoints, resumes and saves its result."""
 
+import os
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import forks
 import pytest
+import tiny
 from conftest import ROOT, command_line
 from safetensors.torch import load_file
 
@@ -31,6 +33,9 @@ def run_without(flags, script):
 @pytest.mark.parametrize("script", ["train_text_to_image", "train_text_to_image_flax"])
 def test_a_run_a_resume_and_the_result(script, flags, tmp_path):
     """From cached encodings, by a data worker; older checkpoints are removed, also the one that was resumed from."""
+    if script == "train_text_to_image_flax":
+        tiny.make_stable_diffusion(tmp_path / "model", levels=1)  # compiles in half the time
+        flags["pretrained_model_name_or_path"] = tmp_path / "model"
     flags |= {"center_crop": True, "cache_encodings": tmp_path / "cache", "checkpointing_steps": 1, "use_ema": True}
     first = run_without(flags, script)
     assert first.returncode == 0, first.stderr
@@ -38,13 +43,22 @@ def test_a_run_a_resume_and_the_result(script, flags, tmp_path):
     flags |= {"resume_from_checkpoint": True, "offload_ema": script == "train_text_to_image"}
     second = run_without(flags, script)
     assert second.returncode == 0, second.stderr
-    assert "checkpoint-2; changed: --max_train_steps" in second.stderr
+    assert "checkpoint-2; changed: --checkpoints_total_limit 1" in second.stderr
     assert [path.name for path in flags["output_dir"].glob("checkpoint-*")] == ["checkpoint-3"]
     weights = load_file(flags["output_dir"] / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
     names = [path.name for path in flags["output_dir"].rglob("*")]
     assert len(names) > 20
     assert [name for name in names if re.search(r'[<>:"\\|?*\x00-\x1f]|[. ]$', name)] == []
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+def test_help_in_a_pipe(script):
+    """There Python writes the code page of Windows, which has no Greek letters."""
+    command, environment = [sys.executable, str(ROOT / script), "--help"], {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    said = subprocess.run(command, env=environment, capture_output=True, check=True).stdout.decode("cp1252")
+    assert script in said
+    assert "--train_data_dir" in said
 
 
 def test_what_is_taken_away(tmp_path):
