@@ -21,7 +21,7 @@ def uv(tmp_path):
     def run(*words):
         command, environment = [find_uv_bin(), *map(str, words)], {**os.environ, **settings}
         result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-        if any(words in result.stderr for words in ("Failed to fetch", "error sending request", "client error")):
+        if "Failed to fetch" in result.stderr or "the network was disabled" in result.stderr:
             pytest.skip(f"uv reaches no package index: {result.stderr.splitlines()[-1]}")
         return result
 
