@@ -8,7 +8,7 @@ INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 demo: $(VENV)/installed
 	$(VENV)/bin/python tests/demo.py --output_dir demo-output
 
-demo-flax: $(VENV)/installed
+demo-flax: $(VENV)/installed $(VENV)/installed-flax
 	$(VENV)/bin/python tests/demo.py --output_dir demo-output-flax --script train_text_to_image_flax.py
 
 test: $(VENV)/installed-tests
@@ -40,11 +40,15 @@ $(VENV)/bin/ruff: tests/requirements.txt | $(VENV)/bin/pip
 	$(INSTALL) $$(grep '^ruff==' $<)
 	touch $@
 
-$(VENV)/installed: requirements.txt requirements_flax.txt | $(VENV)/bin/pip
+$(VENV)/installed: requirements.txt | $(VENV)/bin/pip
 	@echo "installing the requirements into $(VENV), which takes some minutes the first time"
-	$(INSTALL) -r requirements.txt -r requirements_flax.txt
+	$(INSTALL) -r $<
 	touch $@
 
-$(VENV)/installed-tests: tests/requirements.txt $(VENV)/installed
+$(VENV)/installed-flax: requirements_flax.txt | $(VENV)/bin/pip
+	$(INSTALL) -r $<
+	touch $@
+
+$(VENV)/installed-tests: tests/requirements.txt $(VENV)/installed $(VENV)/installed-flax
 	$(INSTALL) -r $<
 	touch $@

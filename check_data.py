@@ -1,3 +1,11 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "datasets>=4.5,<6",
+#     "transformers>=5.0,<6",
+#     "pillow>=11.0",
+# ]
+# ///
 """Report what training would refuse, cut, enlarge or leave out of a data set. Exit with 1 if it would refuse any of it.
 
 python check_data.py --train_data_dir=my_images --resolution=512 --tokenizer=my_model

@@ -1,3 +1,17 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch>=2.10,<3",
+#     "torchvision>=0.25,<1",
+#     "diffusers>=0.40,<1",
+#     "transformers>=5.0,<6",
+#     "accelerate>=1.13,<2",
+#     "datasets>=4.5,<6",
+#     "huggingface_hub>=1.23,<3",
+#     "tensorboard>=2.20,<3",
+#     "wandb>=0.24.1,<1",
+# ]
+# ///
 r"""Fine-tune the decoder of Kandinsky 2.2, which generates images from CLIP image embeddings. Needs no captions.
 
     accelerate launch train_text_to_image_decoder.py \
@@ -70,7 +84,7 @@ def parse_args(input_args=None):
     limit = number(float, "must be larger than 0", lambda value: value > 0)  # inf: no limit
 
     formatter, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s FLAGS (--help lists them)"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n\nThe")[0], formatter_class=formatter)
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     trackers = ["all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"]
     prior, decoder = "kandinsky-community/kandinsky-2-2-prior", "kandinsky-community/kandinsky-2-2-decoder"
@@ -917,8 +931,8 @@ def flush_to_disk(*paths):
     for path in paths:
         if path.is_file():
             path.chmod(0o666 & ~umask)
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-            descriptor = os.open(path, os.O_RDONLY)  # Windows and some network disks refuse folders
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():  # Windows opens no folders
+            descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # and flushes for writers only
             os.fsync(descriptor)
             os.close(descriptor)
 
@@ -1097,7 +1111,7 @@ def to_device(accelerator, model):
     """Move a model that trains, or its average, to the device. Channels-last weights are faster, but not on CPUs."""
     if accelerator.device.type == "cuda" and accelerator.distributed_type != "FSDP":  # which needs contiguous ones
         model.to(memory_format=torch.channels_last)
-    return model.to(accelerator.device)
+    return model._apply(lambda tensor: tensor.to(accelerator.device, copy=True))  # not the mapped file, see place_ema
 
 
 def make_optimizer(args, parameters, device, lr_scale=1):
@@ -1125,7 +1139,7 @@ def place_ema(accelerator, ema, offload=False):
     ema.forward = accelerate.utils.convert_outputs_to_fp32(ema.forward)  # as of the trained model in mixed precision
     if accelerator.distributed_type == "FSDP":
         return accelerate.utils.fsdp2_prepare_model(accelerator, ema)
-    return ema if offload else to_device(accelerator, ema)
+    return ema._apply(torch.clone) if offload else to_device(accelerator, ema)  # Windows deletes no file that is mapped
 
 
 @torch.no_grad()

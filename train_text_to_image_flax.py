@@ -1,3 +1,19 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "jax>=0.8.1,<1",
+#     "flax>=0.12.1,<1",
+#     "optax>=0.2.6,<1",
+#     "orbax-checkpoint>=0.11.30,<1",
+#     "datasets>=4.5,<6",
+#     "transformers>=5.0,<6",
+#     "safetensors>=0.8,<1",
+#     "huggingface_hub>=1.23,<3",
+#     "pillow>=11.0",
+#     "tensorboardX>=2.6.4,<3",
+#     "wandb>=0.24.1,<1",
+# ]
+# ///
 r"""Fine-tune Stable Diffusion 1.x or 2.x on captioned images, in JAX.
 
     python train_text_to_image_flax.py \
@@ -73,7 +89,7 @@ def parse_args(input_args=None):
     limit = number(float, "must be larger than 0", lambda value: value > 0)  # inf: no limit
 
     formatter, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s FLAGS (--help lists them)"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n\nThe")[0], formatter_class=formatter)
     interpolations = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
@@ -1820,8 +1836,8 @@ def flush_to_disk(*paths):
     for path in paths:
         if path.is_file():
             path.chmod(0o666 & ~umask)
-        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():
-            descriptor = os.open(path, os.O_RDONLY)  # Windows and some network disks refuse folders
+        with contextlib.suppress(OSError) if path.is_dir() else contextlib.nullcontext():  # Windows opens no folders
+            descriptor = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY)  # and flushes for writers only
             os.fsync(descriptor)
             os.close(descriptor)
 

@@ -6,16 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-from sync import parts, sync
+from sync import METADATA, REQUIREMENTS, parts, sync
 
 ROOT = Path(__file__).resolve().parents[1]
 UPSTREAM_FLAGS = json.loads((ROOT / "tests" / "upstream_flags.json").read_text())
 
 FLAX, CHECK_DATA = "train_text_to_image_flax.py", "check_data.py"
-# Lines, at the most: before the machinery, and of the whole file.
+# Lines, at the most: before the machinery, and of the whole file; without the inline metadata, which nobody reads.
 PART_ONE = {
     "train_text_to_image.py": 660,
     "train_text_to_image_prior.py": 560,
@@ -193,7 +194,7 @@ def imported_modules(source):
 
 
 def number_of_lines(text):
-    return len(text.splitlines())
+    return len(METADATA.sub("", text).splitlines())
 
 
 # Two scripts, of which the second breaks every rule at once: what the checks must not let through.
@@ -264,6 +265,7 @@ def test_the_checks_can_fail():
     assert too_large(GOOD) == []
     with pytest.raises(ValueError, match="not enough values"):
         parts(GOOD)
+    assert number_of_lines(f"# /// script\n# dependencies = []\n# ///\n{GOOD}# ///\n") == number_of_lines(GOOD) + 1
 
 
 def test_there_is_something_to_check():
@@ -280,7 +282,7 @@ def test_the_machinery_is_the_same_bytes(name):
 
 
 def test_sync_mends_a_copy_that_differs(tmp_path):
-    for name in (*PART_ONE, FLAX):
+    for name in (*SCRIPTS, *REQUIREMENTS.values()):
         shutil.copy(ROOT / name, tmp_path)
     assert sync(tmp_path) == []
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -295,6 +297,45 @@ def test_sync_mends_a_copy_that_differs(tmp_path):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     broken.write_text(own, encoding="utf-8")
     assert sync(tmp_path) == []  # what has no machinery gets none
+    (tmp_path / FLAX).write_text(METADATA.sub("", SCRIPTS[FLAX]), encoding="utf-8")
+    (tmp_path / "requirements.txt").write_text("torch>=3\n# a comment\nnumpy\n", encoding="utf-8")
+    assert len(sync(tmp_path)) == 1 + len(PART_ONE)
+    assert (tmp_path / FLAX).read_text(encoding="utf-8") == SCRIPTS[FLAX]
+    for name in PART_ONE:
+        assert packages((tmp_path / name).read_text(encoding="utf-8")) == ["torch>=3", "numpy"]
+
+
+def packages(source):
+    """The packages in a script's inline metadata, by the regular expression of PEP 723."""
+    pattern = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
+    (block,) = (match for match in re.finditer(pattern, source) if match["type"] == "script")
+    lines = [line.removeprefix("#").removeprefix(" ") for line in block["content"].splitlines()]
+    metadata = tomllib.loads("\n".join(lines))
+    assert metadata.keys() == {"requires-python", "dependencies"}
+    assert metadata["requires-python"] == ">=3.11"
+    return metadata["dependencies"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_inline_metadata_are_the_requirements(name):
+    lines = (ROOT / REQUIREMENTS[name]).read_text(encoding="utf-8").splitlines()
+    required = [line for line in lines if line and not line.startswith("#")]
+    named = {re.match(r"[\w-]+", package).group().lower() for package in packages(SCRIPTS[name])}
+    if name == CHECK_DATA:  # datasets brings fsspec, numpy and tqdm
+        assert set(packages(SCRIPTS[name])) < set(required)
+        assert {"datasets", "transformers", "pillow"} == named
+        third_party = {"datasets", "fsspec", "numpy", "PIL", "tqdm", "transformers"}
+        assert imported_modules(SCRIPTS[name]) - sys.stdlib_module_names == third_party
+    else:
+        assert packages(SCRIPTS[name]) == required
+
+
+def test_both_requirements_files_agree():
+    bounds = [(ROOT / name).read_text(encoding="utf-8").splitlines() for name in sorted(set(REQUIREMENTS.values()))]
+    bounds = [{re.match(r"[\w-]+", line).group(): line for line in lines if line[:1].isalpha()} for lines in bounds]
+    shared = bounds[0].keys() & bounds[1].keys()
+    assert {"datasets", "transformers", "huggingface_hub"} <= shared
+    assert [bounds[0][name] for name in shared] == [bounds[1][name] for name in shared]
 
 
 def test_part_one_has_one_order():
