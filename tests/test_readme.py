@@ -92,7 +92,7 @@ def drive(steps, workplace, name):
 
 def test_every_command_is_run_or_accounted_for():
     assert set(commands()) == {*TRAINING, *LOOKING, *RUN_ELSEWHERE}
-    assert (len(TRAINING), len(LOOKING), len(blocks("python"))) == (9, 1, 6)
+    assert (len(TRAINING), len(LOOKING), len(blocks("python"))) == (12, 1, 9)
 
 
 def training(words):
@@ -132,9 +132,11 @@ def test_all_that_trains_in_pytorch_and_draws_with_it(workplace):
     ]
     steps += [step(command) for command in TRAINING if "kandinsky" in command]
     steps += [drawing(3), drawing(4, checkpoint_500="checkpoint-2"), ["python", "notebook", notebook]]
+    steps += [step(training(["--rank=16", "my_adapter"])), drawing(5), drawing(6), drawing(7)]
     result = drive(steps, workplace, "pytorch")
     assert "my_model/checkpoint-2" in result.stderr
     assert (folder / "notebook" / "model_index.json").is_file()
+    assert (folder / "my_merged_model" / "model_index.json").is_file()
     ours = {command for _, command, _ in steps}
     assert {command for command in TRAINING if "flax" not in command} - ours == {training(["--num_processes=8"])}
 
@@ -177,7 +179,7 @@ def test_weights_in_pickles_are_converted(workplace):
     reset_accelerate()
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
-        exec(compile(blocks("python")[5], "README.md", "exec"), {})
+        exec(compile(blocks("python")[-1], "README.md", "exec"), {})
     run({**flags, "pretrained_model_name_or_path": folder / "converted_model"})
 
 
@@ -203,4 +205,4 @@ def test_the_number_of_flags_is_true():
     assert f"lists all {len(flax_flags)}" in README
     flags |= {**flax_flags, **vars(check_data.parse_args(["--train_data_dir", "a"]))}
     for name in re.findall(r"`--(\w+)`", README):
-        assert name in flags or name in ("quiet", "multi_gpu"), name  # of accelerate launch
+        assert name in flags or name in ("quiet", "multi_gpu", "lora_rank", "validation_prompt"), name
