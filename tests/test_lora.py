@@ -334,10 +334,11 @@ def generators():
         yield torch.Generator().manual_seed(int(random_generator(0, 2, index).integers(2**32)))
 
 
-def assert_equal_pictures(flags, draw):
-    """What `draw` returns for the prompt and the noise of the validation is what is in the grid."""
+def assert_equal_pictures(flags, draw, levels=0):
+    """What `draw` returns for the prompt and the noise of the validation is in the grid, to so many levels of 255."""
     pictures = [np.asarray(draw("red dots", generator)) for generator in generators()]
-    assert all((picture == cell).all() for picture, cell in zip(pictures, cells(flags), strict=True))
+    differences = [np.abs(p.astype(int) - c).max() for p, c in zip(pictures, cells(flags), strict=True)]
+    assert max(differences) <= levels, differences
     assert (pictures[0] != pictures[1]).any()  # of other noise
     return pictures
 
@@ -379,6 +380,8 @@ def test_pictures_of_kandinsky(script, runs, bases):
     for half in (prior, decoder):
         half.set_progress_bar_config(disable=True)
     model = prior.prior if script == PRIOR else decoder.unet
+    for frozen in (decoder.movq, prior.image_encoder) if script == DECODER else ():
+        frozen.to(memory_format=torch.channels_last)  # as in the run: MoVQ takes roundings for another code
 
     def draw(prompt, generator):
         embeds = prior(prompt, generator=generator)
@@ -386,7 +389,8 @@ def test_pictures_of_kandinsky(script, runs, bases):
 
     base = [np.asarray(draw("red dots", generator)) for generator in generators()]
     model.load_lora_adapter(flags["output_dir"], prefix=None, weight_name=ADAPTER)
-    assert (assert_equal_pictures(flags, draw)[0] != base[0]).any()
+    pictures = assert_equal_pictures(flags, draw, levels=int(script == DECODER))
+    assert (pictures[0] != base[0]).any()
 
 
 @every_script
