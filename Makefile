@@ -3,13 +3,16 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 INSTALL := $(VENV)/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo demo-flax test faults benchmark lint sync clean
+.PHONY: demo demo-flax demo-lora test faults benchmark lint sync clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python tests/demo.py --output_dir demo-output
 
 demo-flax: $(VENV)/installed $(VENV)/installed-flax
 	$(VENV)/bin/python tests/demo.py --output_dir demo-output-flax --script train_text_to_image_flax.py
+
+demo-lora: $(VENV)/installed
+	$(VENV)/bin/python tests/demo.py --output_dir demo-output-lora --rank 16
 
 test: $(VENV)/installed-tests
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile tests
@@ -30,7 +33,7 @@ sync:
 	$(PYTHON) tests/sync.py
 
 clean:
-	rm -rf $(VENV) demo-output demo-output-flax
+	rm -rf $(VENV) demo-output demo-output-flax demo-output-lora
 
 $(VENV)/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'

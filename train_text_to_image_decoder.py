@@ -6,6 +6,7 @@
 #     "diffusers>=0.40,<1",
 #     "transformers>=5.0,<6",
 #     "accelerate>=1.13,<2",
+#     "peft>=0.18,<1",
 #     "datasets>=4.5,<6",
 #     "huggingface_hub>=1.23,<3",
 #     "tensorboard>=2.20,<3",
@@ -135,6 +136,11 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("EMA").add_argument
     add("--use_ema", action="store_true", help="validate and save an exponential moving average of the weights")
 
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--rank", "--lora_rank", type=count, help="train an adapter (LoRA) of this rank, not the whole model; try 16")
+    add("--lora_alpha", type=positive, help="the adapter is scaled by this / rank; default: the rank")
+    add("--lora_target_modules", nargs="+", help="layers to adapt; default: to_q to_k to_v to_out.0, of attention")
+
     add = parser.add_argument_group("checkpoints").add_argument
     add("--output_dir", default="kandi_2_2-model-finetuned", help="folder for the pipeline, its checkpoints and logs")
     add("--checkpointing_steps", type=count, default=500, help="updates between checkpoints")
@@ -143,6 +149,8 @@ def parse_args(input_args=None):
 
     add = parser.add_argument_group("validation and logs").add_argument
     add("--validation_prompts", nargs="+", help="prompts to generate pictures of, during training and at the end")
+    add("--validation_prompt", nargs=1, dest="validation_prompts", metavar="PROMPT", help="the same, for one prompt")
+    add("--num_validation_images", type=count, default=1, help="pictures of each prompt, of different noise")
     add("--validation_epochs", type=count, default=5, help="epochs between validations")
     add("--validation_steps", type=count, help="updates between validations, instead of epochs")
     add("--logging_steps", type=count, default=10, help="updates between writings of the log; it has every update")
@@ -161,6 +169,8 @@ def parse_args(input_args=None):
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
     if args.cache_encodings and Path(args.cache_encodings).resolve().is_relative_to(Path(args.output_dir).resolve()):
         parser.error("argument --cache_encodings: must not be inside --output_dir, which is uploaded as a whole")
+    if (args.lora_alpha or args.lora_target_modules) and not args.rank:
+        parser.error("arguments --lora_alpha and --lora_target_modules: need --rank")
     if os.path.normpath(args.logging_dir) == ".":
         parser.error("argument --logging_dir: must name a folder of its own")
     if os.path.normpath(os.path.join("logs", args.tracker_project_name)).split(os.sep)[0] != "logs":
@@ -186,8 +196,10 @@ import transformers
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import DDPMScheduler, KandinskyV22Pipeline, KandinskyV22PriorPipeline, UNet2DConditionModel, VQModel
 from diffusers.optimization import get_scheduler
+from diffusers.training_utils import cast_training_params
 from huggingface_hub import HfApi, ModelCardData
-from safetensors.torch import load, save
+from peft import LoraConfig, set_peft_model_state_dict
+from safetensors.torch import load, load_file, save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -404,20 +416,30 @@ def save_model_card(args, name, seed, steps, validation_image):
     if validation_image:
         prompt_list = as_json(prompts, indent=2)
         pictures = f"![validation pictures](validation/{validation_image.name})\n\n```json\n{prompt_list}\n```\n\n"
-    text = f"""`{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates of its UNet.
+    tags, trained = ["kandinsky"], "its UNet"
+    code = f"""from diffusers import AutoPipelineForText2Image
+
+pipeline = AutoPipelineForText2Image.from_pretrained({as_json(name)})"""
+    if args.rank:
+        tags, trained = [*tags, "lora"], f"an adapter (LoRA, rank {args.rank}) of its UNet"
+        code = f"""from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+
+prior_pipeline = DiffusionPipeline.from_pretrained({as_json(args.pretrained_prior_model_name_or_path)})
+components = {{f"prior_{{name}}": part for name, part in prior_pipeline.components.items()}}
+pipeline = AutoPipelineForText2Image.from_pretrained({as_json(base)}, **components)
+pipeline.unet.load_lora_adapter({as_json(name)}, prefix=None, weight_name={as_json(ADAPTER)})"""
+    text = f"""`{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates of {trained}.
 
 {pictures}## Use
 
 ```python
-from diffusers import AutoPipelineForText2Image
-
-pipeline = AutoPipelineForText2Image.from_pretrained({as_json(name)})
+{code}
 pipeline({as_json(prompts[0])}).images[0].save("picture.png")
 ```"""
     prior = args.pretrained_prior_model_name_or_path  # where AutoPipelineForText2Image finds the prior
     if Path(prior).exists():
         prior = None if args.push_to_hub else str(Path(prior).resolve())
-    write_model_card(args, base, name, seed, ["kandinsky"], text, prior=prior and [prior])
+    write_model_card(args, base, name, seed, tags, text, prior=prior and [prior])
 
 
 def main(args):
@@ -432,11 +454,11 @@ def main(args):
     checkpoint, start, seed = find_start(accelerator, args)
     first_step, examples_seen = start["step"], start["examples_seen"]
 
-    # Models: the UNet in float32, the frozen ones in the precision of --mixed_precision.
+    # Models: what trains in float32, all that is frozen in the precision of --mixed_precision.
     weights = {**hub, "use_safetensors": True, "dtype": torch.float32}
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     frozen = {**weights, "dtype": frozen_dtype}
-    ema_unet = pipeline = validation_pipeline = prior = None
+    pipeline = validation_pipeline = prior = None
     with naming(f"--pretrained_prior_model_name_or_path {prior_path}"):
         image_processor = CLIPImageProcessor.from_pretrained(prior_path, subfolder="image_processor", **hub)
         image_encoder = CLIPVisionModelWithProjection.from_pretrained(prior_path, subfolder="image_encoder", **frozen)
@@ -445,17 +467,16 @@ def main(args):
     with naming(f"--pretrained_decoder_model_name_or_path {decoder_path}" + (f", {checkpoint}" if checkpoint else "")):
         noise_scheduler = DDPMScheduler.from_pretrained(decoder_path, subfolder="scheduler", **hub)
         movq = VQModel.from_pretrained(decoder_path, subfolder="movq", **frozen)
-        if checkpoint:
+        if checkpoint and not args.rank:
             unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True)
         else:
             unet = UNet2DConditionModel.from_pretrained(decoder_path, subfolder="unet", **weights)
-        if args.use_ema and checkpoint:
-            ema_unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet_ema", use_safetensors=True)
-        elif args.use_ema:
-            ema_unet = copy.deepcopy(unet)
-        if accelerator.is_main_process:  # the result, in float32; loaded now so that nothing can be missing at the end
+        if args.rank:
+            add_adapter(args, unet, frozen_dtype, seed, checkpoint and checkpoint / "unet")
+        ema_unet = make_ema(args, unet, checkpoint and checkpoint / "unet_ema") if args.use_ema else None
+        if accelerator.is_main_process and not args.rank:  # the result, loaded now: nothing can be missing at the end
             pipeline = KandinskyV22Pipeline.from_pretrained(decoder_path, unet=unet, **weights)
-        if args.validation_prompts:
+        if args.validation_prompts or args.rank:
             validation_pipeline = KandinskyV22Pipeline.from_pretrained(decoder_path, unet=unet, movq=movq, **hub)
     latents_shape = check_architecture(unet, movq, image_encoder, prior, args.resolution)
     for model in (movq, image_encoder):
@@ -546,7 +567,7 @@ def main(args):
         if stop:
             accelerator.end_training()
             exit_after(stop, f"after step {step}; --resume_from_checkpoint resumes")
-        save_pipeline(accelerator, args, pipeline, unet=evaluated)
+        save_result(accelerator, args, pipeline, UNet2DConditionModel.save_lora_adapter, unet=evaluated)
 
     # Validation of the result, and the model card.
     validation_image = None
@@ -555,7 +576,7 @@ def main(args):
     accelerator.end_training()
     if accelerator.is_main_process:
         save_model_card(args, repo_id or args.output_dir, seed, last_step, validation_image)
-        logger.info(f"saved the pipeline in {args.output_dir}" + ", no update was left" * (first_step == last_step))
+        logger.info(f"saved the result in {args.output_dir}" + ", no update was left" * (first_step == last_step))
         if args.push_to_hub:
             push_to_hub(args, repo_id)
 
@@ -567,8 +588,11 @@ def main(args):
 logger = logging.getLogger(__name__)
 PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks
 fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
+logging.getLogger("diffusers.models.modeling_utils").addFilter(lambda record: "float32: []" not in record.getMessage())
 LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' name for it
+ADAPTED_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
 
 
@@ -831,7 +855,7 @@ def find_start(accelerator, args):
     """Where the run starts: a checkpoint (or None), its state and the seed. To be called by every process."""
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     found = [path for _, path in reversed(list_checkpoints(output_dir))]
-    earlier_run = bool(found) or (output_dir / "model_index.json").exists()
+    earlier_run = bool(found) or any((output_dir / name).exists() for name in ("model_index.json", ADAPTER))
     if earlier_run and not wanted:
         raise RunError(f"--output_dir {output_dir}: holds an earlier run; --resume_from_checkpoint or another folder")
     if wanted and wanted != "latest":
@@ -843,9 +867,12 @@ def find_start(accelerator, args):
         raise RunError(f"--resume_from_checkpoint {wanted}: there is no complete checkpoint in {output_dir}")
     if wanted and not checkpoint:
         logger.warning(f"--resume_from_checkpoint: no checkpoint in {output_dir}, starting at step 0")
-    before = state.get("arguments", vars(args))
+    now = recorded_arguments(args, 0)
+    before = state.get("arguments", now)
     if args.use_ema > before["use_ema"] or args.use_8bit_adam != before["use_8bit_adam"]:
         raise RunError(f"{checkpoint}: --use_ema cannot be added, and --use_8bit_adam not changed, at a resume")
+    if adapter_flags(before) != adapter_flags(now):
+        raise RunError(f"{checkpoint}: was made with {adapter_flags(before)}; resume with the same, or start elsewhere")
     if len(set(gather_object([(state["step"], str(checkpoint))]))) > 1:
         raise RunError(f"--output_dir {output_dir}: must be on a disk that all processes share")
     return checkpoint, state, broadcast_object_list([state["seed"] if args.seed is None else args.seed])[0]
@@ -892,7 +919,8 @@ def save_checkpoint(accelerator, args, name, model, ema, optimizer, state):
         for folder, weights in {name: model, f"{name}_ema": ema}.items():
             full = weights and full_model(accelerator, weights)
             if full and accelerator.is_main_process:
-                full.save_pretrained(partial / folder)
+                save = full.save_lora_adapter if args.rank else full.save_pretrained
+                save(partial / folder)
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             sizes = {str(path.relative_to(partial)): path.stat().st_size for path in partial.rglob("*.*")}
@@ -951,24 +979,31 @@ def full_model(accelerator, model):
     return full.eval()
 
 
-def save_pipeline(accelerator, args, pipeline, **trained):
-    """Write `pipeline`, of the main process, with its trained part to --output_dir. To be called by every process."""
-    with naming(f"{args.output_dir} cannot be written"):
+def save_result(accelerator, args, pipeline, save_adapter, **trained):
+    """Write to --output_dir `pipeline`, of the main process, with its trained part. To be called by every process.
+
+    With --rank it is save_adapter(model, folder) that writes, of the trained part alone.
+    """
+    folder = Path(args.output_dir)
+    with naming(f"{folder} cannot be written"):
         parts = {name: full_model(accelerator, model) for name, model in trained.items()}
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and args.rank:
+            save_adapter(*parts.values(), folder)
+        elif accelerator.is_main_process:
             pipeline.register_modules(**parts)
-            pipeline.save_pretrained(args.output_dir)
-            flush_to_disk(*Path(args.output_dir).glob("*/*.safetensors"))
+            pipeline.save_pretrained(folder)
+        flush_to_disk(*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors"))
 
 
 def check_output_dir(args, *models):
     """Raise RunError if --output_dir is not writable, or if the run would overwrite the user's files there."""
     folder = Path(args.output_dir).resolve()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    of_a_run = any((folder / name).exists() for name in ("model_index.json", ADAPTER))
     problems = {
         "is the model to start from": folder in [Path(model).resolve() for model in models],
         "holds the training images": Path(args.train_data_dir or "/").resolve().is_relative_to(folder),
-        "has a README.md of something else": (folder / "README.md").exists() > (folder / "model_index.json").exists(),
+        "has a README.md of something else": (folder / "README.md").exists() > of_a_run,
         "--logging_dir is a file": (folder / args.logging_dir).is_file(),
         f"no permission to write to {existing}": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
     }
@@ -1021,6 +1056,8 @@ def make_accelerator(args):
         raise RunError("--mixed_precision fp16: needs a GPU, a CPU has bf16")
     if accelerator.distributed_type in ("DEEPSPEED", "FSDP") and not accelerator.is_fsdp2:
         raise RunError("accelerate's configuration: to shard a model use FSDP with fsdp_version: 2")
+    if args.rank and accelerator.distributed_type == "FSDP":
+        raise RunError("--rank: adapters train without sharding; turn FSDP off in accelerate's configuration")
     if args.report_to not in ("all", "none") and not accelerator.log_with:
         raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {args.report_to}`")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
@@ -1114,6 +1151,35 @@ def to_device(accelerator, model):
     return model._apply(lambda tensor: tensor.to(accelerator.device, copy=True))  # not the mapped file, see place_ema
 
 
+def adapter_flags(flags):
+    """The flags that shape the adapter, from recorded flags (dict), or "no --rank" if the whole model is trained."""
+    if not flags.get("rank"):
+        return "no --rank"
+    layers = json.loads(flags.get("lora_target_modules", "null")) or ADAPTED_LAYERS
+    alpha = flags.get("lora_alpha", flags["rank"])
+    return f"--rank {flags['rank']} --lora_alpha {alpha:g} --lora_target_modules {' '.join(sorted(layers))}"
+
+
+def add_adapter(args, model, dtype, seed, folder=None):
+    """Freeze the model in `dtype` and add the adapter to train, in float32 (LoRA: arXiv:2106.09685). Raises RunError.
+
+    Its weights are those in `folder` (Path), or a function of the run's seed.
+    """
+    layers = args.lora_target_modules or ADAPTED_LAYERS
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    names = [f".{name}" for name, module in model.named_modules() if isinstance(module, kinds)]
+    if unknown := [layer for layer in layers if not any(name.endswith(f".{layer}") for name in names)]:
+        known = sorted({re.sub(r".*\.(?=[a-z])", "", name) for name in names})  # without the path to them
+        raise RunError(f"--lora_target_modules {' '.join(unknown)}: no such layer; the model has {' '.join(known)}")
+    model.requires_grad_(False).to(dtype)
+    with naming(f"--lora_target_modules {' '.join(layers)}"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(random_generator(seed, 4).integers(2**32)))
+        model.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha or args.rank, target_modules=layers))
+    cast_training_params(model)
+    if folder:
+        set_peft_model_state_dict(model, load_file(folder / ADAPTER))
+
+
 def make_optimizer(args, parameters, device, lr_scale=1):
     """AdamW in 8 bits, or fused if the device (torch.device) has such a kernel. Raises RunError."""
     optimizer_class = functools.partial(torch.optim.AdamW, fused=device.type in ("cuda", "xpu", "mps", "cpu"))
@@ -1121,6 +1187,7 @@ def make_optimizer(args, parameters, device, lr_scale=1):
         with naming("--use_8bit_adam: needs bitsandbytes, run `pip install bitsandbytes`"):
             from bitsandbytes.optim import AdamW8bit as optimizer_class
     settings = {"lr": args.learning_rate * lr_scale, "betas": (args.adam_beta1, args.adam_beta2)}
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     return optimizer_class(parameters, eps=args.adam_epsilon, weight_decay=args.adam_weight_decay, **settings)
 
 
@@ -1131,6 +1198,16 @@ def make_lr_scheduler(args, optimizer, first_step, last_step):
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step}
     with naming(f"--lr_scheduler {args.lr_scheduler}"):
         return get_scheduler(args.lr_scheduler, optimizer, **steps, last_epoch=first_step - 1)
+
+
+def make_ema(args, model, folder=None):
+    """The average: of the model's weights or those in `folder` (Path). It shares the frozen ones with the model."""
+    if folder and not args.rank:
+        return type(model).from_pretrained(folder, use_safetensors=True)
+    ema = copy.deepcopy(model, {id(weight): weight for weight in model.parameters() if not weight.requires_grad})
+    if folder:
+        set_peft_model_state_dict(ema, load_file(folder / ADAPTER))
+    return ema
 
 
 def place_ema(accelerator, ema, offload=False):
@@ -1146,8 +1223,9 @@ def place_ema(accelerator, ema, offload=False):
 def update_ema(ema, model, step):
     """ema ← decay · ema + (1 − decay) · weights after update `step` (from 1), with the decay of diffusers' EMAModel."""
     decay = min(0.9999, step / (9 + step)) if step > 1 else 0
-    averages = list(ema.parameters())
-    torch._foreach_lerp_(averages, [weight.to(averages[0].device) for weight in model.parameters()], 1 - decay)
+    pairs = zip(ema.parameters(), model.parameters(), strict=True)
+    averages, weights = zip(*((average, weight) for average, weight in pairs if weight.requires_grad), strict=True)
+    torch._foreach_lerp_(averages, [weight.to(averages[0].device) for weight in weights], 1 - decay)
 
 
 # Validation, logs and Hub ---------------------------------------------------------------------------------------------
@@ -1159,11 +1237,12 @@ def check_schedulers(*pipelines):
 
 
 def validate(accelerator, args, model, generate, seed, step):
-    """Generate every validation prompt from its own fixed noise. Returns the Path of the grid on the main process."""
+    """Generate every validation prompt from fixed noise. Returns the Path of the grid on the main process."""
     training, images = model.training, []
     model.eval()
+    prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
     # Padded to equally many on each process: a sharded model needs all of them for every picture.
-    shares = accelerator.split_between_processes(list(enumerate(args.validation_prompts)), apply_padding=True)
+    shares = accelerator.split_between_processes(list(enumerate(prompts)), apply_padding=True)
     with torch.no_grad(), accelerator.autocast(), torch.compiler.set_stance("force_eager"), shares as own_prompts:
         for index, prompt in own_prompts:
             generator = torch.Generator().manual_seed(int(random_generator(seed, 2, index).integers(2**32)))

@@ -2,12 +2,13 @@
 
     python tests/demo.py --output_dir demo-output
     python tests/demo.py --output_dir demo-output-flax --script train_text_to_image_flax.py
+    python tests/demo.py --output_dir demo-output-lora --rank 16
 
 Draws the pictures of stars to learn from, and beside them lets the pipeline draw some of the shapes that it knows, so
 that it rehearses them: without those, all that it draws becomes a star. Asks for stars before and after fine-tuning by
-`train_text_to_image.py`, or by its twin in JAX with the same flags, asks for the old shapes again, and counts by the
-check of `shapes.py` how many pictures show what their prompt says. Exits with 1 and one line where a count misses its
-bound. Takes a few minutes on two CPU cores.
+`train_text_to_image.py`, of an adapter (LoRA) if there is a rank, or by its twin in JAX with the same flags, asks for
+the old shapes again, and counts by the check of `shapes.py` how many pictures show what their prompt says. Exits with 1
+and one line where a count misses its bound. Takes a few minutes on two CPU cores.
 """
 
 import argparse
@@ -37,6 +38,7 @@ SCRIPTS = ("train_text_to_image.py", "train_text_to_image_flax.py")
 NUM_TRAIN_PICTURES = 160  # of stars
 NUM_REHEARSED_PICTURES = 60  # of the old shapes, drawn by the pipeline itself
 NUM_DRAWN = 60  # pictures behind each figure
+LEARNING_RATE, OF_AN_ADAPTER = 1e-3, 1e-2
 PROMPT = "a {colour} {shape} on {background}"
 # Held against the counts: (figure, its words, lowest share, highest share).
 BOUNDS = (
@@ -61,6 +63,7 @@ def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "demo-output")
     parser.add_argument("--script", choices=SCRIPTS, default=SCRIPTS[0], help="what trains")
+    parser.add_argument("--rank", type=int, help="train an adapter (LoRA) of this rank")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(input_args)
 
@@ -70,7 +73,7 @@ def parse_args(input_args=None):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def training_command(script, data_dir, cache_dir, model_dir, seed):
+def training_command(script, rank, data_dir, cache_dir, model_dir, seed):
     """The command that fine-tunes, as a list of arguments. It is the one that a user would type."""
     flags = {
         "pretrained_model_name_or_path": PIPELINE,
@@ -80,7 +83,7 @@ def training_command(script, data_dir, cache_dir, model_dir, seed):
         "resolution": shapes.SIZE,
         "train_batch_size": 16,
         "max_train_steps": 1600,
-        "learning_rate": 1e-3,
+        "learning_rate": OF_AN_ADAPTER if rank else LEARNING_RATE,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 20,
         "snr_gamma": 5.0,
@@ -88,6 +91,8 @@ def training_command(script, data_dir, cache_dir, model_dir, seed):
         "validation_steps": 400,
         "seed": seed,
     }
+    if rank:
+        flags["rank"] = rank
     command = [sys.executable, str(ROOT / script), "--center_crop", "--random_flip", "--use_ema"]
     for name, value in flags.items():
         command += [f"--{name}", str(value)]
@@ -193,7 +198,7 @@ def main(args):
     before = draw_rows(pipeline, args.seed)
     write_training_folder(data_dir, pipeline, args.seed)
 
-    command = training_command(args.script, data_dir, cache_dir, model_dir, args.seed)
+    command = training_command(args.script, args.rank, data_dir, cache_dir, model_dir, args.seed)
     print(
         f"Fine-tuning on {data_dir}: {NUM_TRAIN_PICTURES} pictures of stars, and {NUM_REHEARSED_PICTURES} that the "
         f"pipeline itself drew of the shapes that it knows.\n{shlex.join(command)}",
@@ -204,18 +209,24 @@ def main(args):
         sys.exit(f"demo: {args.script} ended with exit status {result.returncode}")
 
     print("Asking again, for stars and for the shapes that the pipeline knew.", flush=True)
-    pipeline = load_pipeline(model_dir)
+    pipeline = load_pipeline(PIPELINE if args.rank else model_dir)
+    if args.rank:
+        pipeline.load_lora_weights(model_dir)
     figures["new_after"] = count_matches(pipeline, (shapes.NEW_SHAPE,), seed=args.seed)
     figures["old_after"] = count_matches(pipeline, shapes.SHAPES, seed=args.seed)
     save_grid(grid({"before": before, "after": draw_rows(pipeline, args.seed)}), folder / "before-after.png")
 
-    record = {"script": args.script, **figures, "pictures_per_figure": NUM_DRAWN, "seconds": round(time.time() - start)}
+    weights = "pytorch_lora_weights.safetensors" if args.rank else "unet/diffusion_pytorch_model.safetensors"
+    figures["bytes_of_weights"] = (model_dir / weights).stat().st_size
+    record = {"script": args.script, "rank": args.rank, **figures, "pictures_per_figure": NUM_DRAWN}
+    record["seconds"] = round(time.time() - start)
     (folder / "figures.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print("\nPictures that show what their prompt says:")
     for name, words, low, high in BOUNDS:
         bound = f"at least {low:.0%}" if low else f"at most {high:.0%}"
         print(f"  {words:<40} {figures[name]:>4.0%}   ({bound})")
     print(f"Pictures: {folder / 'before-after.png'}\nModel:    {model_dir}\nLogs:     {model_dir / 'logs'}")
+    print(f"What was trained takes {figures['bytes_of_weights'] / 1e6:.2f} MB: {weights}")
     print(f"Took {record['seconds']} s.")
     missed = [words for name, words, low, high in BOUNDS if not low <= figures[name] <= high]
     if missed:

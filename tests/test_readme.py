@@ -97,7 +97,7 @@ def drive(steps, workplace, name):
 
 def test_every_command_is_run_or_accounted_for():
     assert set(commands()) == {*TRAINING, *LOOKING, *RUN_ELSEWHERE}
-    assert (len(TRAINING), len(LOOKING), len(blocks("python"))) == (5, 1, 4)
+    assert (len(TRAINING), len(LOOKING), len(blocks("python"))) == (5, 1, 5)
 
 
 def added(*words):
@@ -132,7 +132,7 @@ def test_all_that_trains_in_pytorch_and_draws_with_it(workplace):
     local, on_hub = "--train_data_dir=my_images", "--dataset_name=lambdalabs/naruto-blip-captions"
     assert f"`{on_hub}` in place of `{local}`" in README
     cached = added("--center_crop", "--cache_encodings=my_encodings").replace(local, on_hub)
-    notebook = blocks("python")[3].replace(local, " ".join([local, *SMALL]))
+    notebook = blocks("python")[4].replace(local, " ".join([local, *SMALL]))
     steps = [step(TRAINING[0]), step(resume, "--max_train_steps=3")]
     steps += [drawing(0), drawing(1, checkpoint_500="checkpoint-3"), step(cached, "--output_dir=cached")]
     steps += [step(command) for command in TRAINING if "kandinsky" in command]
@@ -143,6 +143,7 @@ def test_all_that_trains_in_pytorch_and_draws_with_it(workplace):
     in_one = (
         f"from diffusers import AutoPipelineForText2Image\npipeline = {pair}\n{blocks('python')[2].splitlines()[-1]}"
     )
+    steps += [step(added("--rank=16", "--learning_rate=1e-4", "--output_dir=my_adapter")), drawing(3)]
     steps += [["draws", pair, in_one.replace('mine")', SMALL_PICTURE)], ["python", "notebook", notebook]]
     result = drive(steps, workplace, "pytorch")
     assert "my_model/checkpoint-2" in result.stderr

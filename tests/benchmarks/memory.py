@@ -16,6 +16,8 @@ import weakref
 import costs
 import sizes
 import torch
+from diffusers.training_utils import cast_training_params
+from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +37,8 @@ RUNS = {
         "bytes_of_moments": 2,
         "average": False,
     },
+    "--use_ema --rank 16": {"rank": 16},
+    "--use_ema --rank 16 --cache_encodings --gradient_checkpointing": {"rank": 16, "cached": True, "recomputed": True},
 }
 
 
@@ -91,12 +95,20 @@ def norm_in_float32(norm, *arguments, **named):
         return norm(*arguments, **named)
 
 
+def add_adapter(model, rank):
+    """--rank, as the scripts do it."""
+    model.requires_grad_(False).to(torch.bfloat16)
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    cast_training_params(model)
+
+
 def peak_bytes(
-    size, batch_size=1, resolution=None, *, cached=False, recomputed=False, bytes_of_moments=8, average=True
+    size, batch_size=1, resolution=None, *, cached=False, recomputed=False, bytes_of_moments=8, average=True, rank=None
 ):
     """The most bytes that are there at a time in a training step of a size, in bfloat16.
 
-    cached: the frozen models are elsewhere; bytes_of_moments: for each weight; average: it is on the device.
+    cached: the frozen models are elsewhere; bytes_of_moments: for each weight; average: it is on the device; rank: of
+    an adapter that is trained in place of the model.
     """
     with FakeTensorMode(), LiveBytes() as live, norms_as_on_gpus():
         models = sizes.empty_models(size, device="cpu", frozen_dtype=torch.bfloat16, only_trained=cached)
@@ -104,6 +116,8 @@ def peak_bytes(
         calls = costs.inputs_of(size, models, resolution or sizes.SIZES[size][1], **shape)
         trained = next(iter(models))
         model, frozen = models[trained].train(), [call for name, call in calls.items() if name != trained]
+        if rank:
+            add_adapter(model, rank)
         if recomputed:
             recompute(size, model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
