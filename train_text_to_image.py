@@ -1081,7 +1081,7 @@ def check_models(args):
     """Raise RunError if a pipeline to start from is a file, or a local folder that is missing or lacks full weights."""
     for flag, path in ((flag, path) for flag, path in vars(args).items() if flag.startswith("pretrained")):
         if Path(path).is_file():
-            raise RunError(f"--{flag} {path}: is a file; StableDiffusionPipeline.from_single_file converts it")
+            raise RunError(f"--{flag} {path}: is a single file; convert it by from_single_file and save_pretrained")
         if path.startswith(("/", ".")) and not Path(path).is_dir():
             raise RunError(f"--{flag} {path}: there is no such folder")
         for part in Path(path).glob("*/config.json"):

@@ -473,8 +473,8 @@ def mean_gradient(params, frozen, batches, key, loss, scale):
     return jax.tree.map(lambda value: value / (scale * micro_steps), total)
 
 
-def train_step(state, frozen, batches, key, step, loss, transform, schedule, args):
-    """One update. Pure; to be jitted with the last four arguments bound.
+def train_step(state, frozen, batches, key, step, learning_rate, loss, transform, args):
+    """One update. Pure; to be jitted with the last three arguments bound.
 
     state: of `make_train_state`; batches: arrays (micro-steps, rows, ...); step: from 1; loss: function of (params,
     frozen, batch, key) to a scalar. Returns the new state and {name: value to log}. With fp16 an update whose gradient
@@ -485,7 +485,6 @@ def train_step(state, frozen, batches, key, step, loss, transform, schedule, arg
     norm = optax.tree.norm(gradient)
     gradient = jax.tree.map(lambda value: value * jnp.minimum(1, args.max_grad_norm / (norm + 1e-6)), gradient)
     updates, optimizer_state = transform.update(gradient, state["optimizer"], state["params"])
-    learning_rate = schedule(step - 1)
     params = jax.tree.map(lambda value, update: value - learning_rate * update, state["params"], updates)
     new_state = {"params": params, "optimizer": optimizer_state}
     metrics = {"train_loss": mean_loss, "grad_norm": norm, "lr": learning_rate}
@@ -624,6 +623,7 @@ def main(args):
     # Training state on the devices: weights, optimizer state, average.
     transform = make_optimizer_transform(args)
     schedule = make_schedule(args, args.learning_rate * (batch_size if args.scale_lr else 1), last_step)
+    rates = np.asarray(jax.vmap(schedule)(np.arange(last_step)), np.float32)  # no part of what is compiled
     train_state, shardings = make_train_state(args, weights["unet"], transform, mesh, checkpoint, start)
     frozen_weights = {part: weights[part] for part in FROZEN}
     frozen = {} if args.cache_encodings else on_devices(frozen_weights, mesh, dtype)
@@ -647,7 +647,7 @@ def main(args):
         alphas = jnp.asarray(alphas_cumprod)
         return training_losses(params, frozen, {**batch, **noise}, models, alphas, prediction_type, args).mean()
 
-    update = functools.partial(train_step, loss=loss, transform=transform, schedule=schedule, args=args)
+    update = functools.partial(train_step, loss=loss, transform=transform, args=args)
     update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
     sampler = make_sampler(models, scheduler_config, prediction_type, VALIDATION_STEPS, dtype)
 
@@ -671,7 +671,8 @@ def main(args):
             batches = [log.next_batch(micro_batches) for _ in range(args.gradient_accumulation_steps)]
             batches = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
             batches = jax.tree.map(functools.partial(jax.make_array_from_process_local_data, by_row), batches)
-            train_state, metrics = update(train_state, frozen, batches, key, place(np.int32(step), mesh))
+            scalars = (place(np.int32(step), mesh), place(rates[step - 1], mesh))
+            train_state, metrics = update(train_state, frozen, batches, key, *scalars)
             log.add(step, metrics)
             examples_seen += batch_size
 

@@ -41,7 +41,7 @@ def pipeline_folder(tmp_path_factory):
     import tiny
 
     folder = tmp_path_factory.mktemp("pipeline")
-    tiny.make_stable_diffusion(folder)
+    tiny.make_stable_diffusion(folder, levels=1)
     return folder
 
 

@@ -106,7 +106,7 @@ def make_inputs(folder):
     """Write tiny models and images. Returns the flags that name them, {script: dict}."""
     import tiny
 
-    tiny.make_stable_diffusion(folder / "pipeline")
+    tiny.make_stable_diffusion(folder / "pipeline", levels=1)
     tiny.make_kandinsky_prior(folder / "prior")
     tiny.make_kandinsky_decoder(folder / "decoder")
     data = {"train_data_dir": tiny.make_images(folder / "images", caption_lists=True), "resolution": tiny.RESOLUTION}

@@ -5,7 +5,9 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import forks
 import psutil
 import pytest
 import torch
@@ -40,22 +42,36 @@ def with_workers(flags):
 
 
 def start(flags, launcher=(), **environment):
-    """Start a run in a process group of its own."""
-    command = [sys.executable, *launcher, str(SCRIPT), *command_line(flags)]
-    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    return subprocess.Popen(command, env={**os.environ, **environment}, **pipes)
+    """Start a run in a process group of its own; `process.said()` is its stderr."""
+    command = [*launcher, str(SCRIPT), *command_line(flags)]
+    path = Path(flags["output_dir"]).with_name("stderr")
+    environment = {**os.environ, **environment}
+    with path.open("w") as stderr:
+        if "torch.distributed.run" in launcher:
+            command = [sys.executable, *command]
+            process = subprocess.Popen(command, env=environment, stderr=stderr, start_new_session=True)
+        else:
+            process = forks.Popen(command, stderr, env=environment)
+    process.said = path.read_text
+    return process
+
+
+def until_first_update(process):
+    while "1/3000" not in process.said():
+        assert process.poll() is None
+        time.sleep(0.05)
 
 
 def end_of(process, seconds):
     """Wait for the process. Returns its status and stderr, and asserts that nothing of its group is left."""
     try:
-        _, errors = process.communicate(timeout=seconds)
+        process.wait(timeout=seconds)
     finally:
         left = [p for p in psutil.process_iter() if p.pid != process.pid and group_of(p.pid) == process.pid]
         for each in left:
             each.kill()
     assert [p.pid for p in left] == []
-    return process.returncode, errors
+    return process.returncode, process.said()
 
 
 def group_of(pid):
@@ -86,8 +102,7 @@ def test_an_error_in_the_loop_ends_the_data_workers(place, expected, with_worker
 
 def test_a_killed_data_worker_ends_the_run(with_workers):
     process = start(with_workers)
-    while "1/3000" not in process.stderr.readline():  # the progress bar ends its lines by a carriage return
-        assert process.poll() is None
+    until_first_update(process)
     worker = psutil.Process(process.pid).children()[-1]
     worker.kill()
     status, errors = end_of(process, seconds=60)
@@ -98,8 +113,7 @@ def test_a_killed_data_worker_ends_the_run(with_workers):
 
 def test_a_second_signal_leaves_no_data_worker(with_workers):
     process = start(with_workers)
-    while "1/3000" not in process.stderr.readline():
-        assert process.poll() is None
+    until_first_update(process)
     process.send_signal(signal.SIGSTOP)  # so that the first signal cannot end it before the second
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGCONT)

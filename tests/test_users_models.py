@@ -137,7 +137,7 @@ def test_a_checkpoint_of_the_diffusers_scripts_is_refused_as_such(script, flags,
     assert line.startswith("--resume_from_checkpoint checkpoint-500: there is no complete checkpoint")
     warning = capsys.readouterr().err
     assert "checkpoint-500: not a complete checkpoint of this script" in warning
-    assert "of the diffusers script: take its weights as part of a pipeline to start from" in warning
+    assert "it is of diffusers' script: start from its weights" in warning
 
 
 def test_a_checkpoint_of_the_pytorch_script_is_refused_as_such_in_jax(trained):
