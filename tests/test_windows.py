@@ -8,7 +8,6 @@ from pathlib import Path
 
 import forks
 import pytest
-import tiny
 from conftest import ROOT, command_line
 from safetensors.torch import load_file
 
@@ -33,9 +32,6 @@ def run_without(flags, script):
 @pytest.mark.parametrize("script", ["train_text_to_image", "train_text_to_image_flax"])
 def test_a_run_a_resume_and_the_result(script, flags, tmp_path):
     """From cached encodings, by a data worker; older checkpoints are removed, also the one that was resumed from."""
-    if script == "train_text_to_image_flax":
-        tiny.make_stable_diffusion(tmp_path / "model", levels=1)  # compiles in half the time
-        flags["pretrained_model_name_or_path"] = tmp_path / "model"
     flags |= {"center_crop": True, "cache_encodings": tmp_path / "cache", "checkpointing_steps": 1, "use_ema": True}
     first = run_without(flags, script)
     assert first.returncode == 0, first.stderr
