@@ -15,11 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from conftest import ROOT, command_line, launch, reset_accelerate, run
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import PeftAdapterMixin
 from faults import TRAINED, tensors_in
 from hub import Hub
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 from safetensors.torch import load_file
 from test_hub import files_below
 from test_processes import finish, free_port
@@ -166,6 +167,24 @@ def test_the_seed_decides_the_first_adapter(flags):
     names = [name for name in first[0] if "lora_A" in name]
     assert all(torch.equal(first[0][name], first[1][name]) for name in names)
     assert not any(torch.equal(first[0][name], first[2][name]) for name in names)
+
+
+def test_the_size_of_an_adapter_of_stable_diffusion_1_5():
+    """By its real configuration, without its weights: the README's numbers."""
+    config = json.loads((ROOT / "tests" / "benchmarks" / "model_configs.json").read_text())["stable-diffusion-1.5"][
+        "unet"
+    ]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        whole = sum(weight.numel() for weight in unet.parameters())
+        layers = ["to_q", "to_k", "to_v", "to_out.0"]
+        unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=layers))
+    adapter = sum(weight.numel() for name, weight in unet.named_parameters() if ".lora_" in name)
+    readme = (ROOT / "README.md").read_text()
+    assert f"| trained parameters | {whole:,} | {adapter:,} |" in readme
+    assert f"| file of what was trained | {4 * whole / 1e9:.2f} GB | {4 * adapter / 1e6:.1f} MB |" in readme
+    weights = f"| {20 * whole / 1e9:.2f} GB | {(2 * whole + 20 * adapter) / 1e9:.2f} GB |"
+    assert f"| weights, gradients, average and AdamW's state {weights}" in readme
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------
