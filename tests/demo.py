@@ -40,7 +40,7 @@ NUM_REHEARSED_PICTURES = 60  # of the old shapes, drawn by the pipeline itself
 NUM_DRAWN = 60  # pictures behind each figure
 LEARNING_RATE = 1e-3
 # Of an adapter: the shape of a star needs the convolutions too, which --lora_target_modules adds.
-ADAPTER_LEARNING_RATE = 3e-3
+ADAPTER_LEARNING_RATE = 5e-3
 ADAPTED_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 ADAPTED_LAYERS += ["conv", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 PROMPT = "a {colour} {shape} on {background}"
