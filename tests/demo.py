@@ -38,7 +38,11 @@ SCRIPTS = ("train_text_to_image.py", "train_text_to_image_flax.py")
 NUM_TRAIN_PICTURES = 160  # of stars
 NUM_REHEARSED_PICTURES = 60  # of the old shapes, drawn by the pipeline itself
 NUM_DRAWN = 60  # pictures behind each figure
-LEARNING_RATE, OF_AN_ADAPTER = 1e-3, 1e-2
+LEARNING_RATE = 1e-3
+# Of an adapter: the shape of a star needs the convolutions too, which --lora_target_modules adds.
+ADAPTER_LEARNING_RATE = 5e-3
+ADAPTED_LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+ADAPTED_LAYERS += ["conv", "conv1", "conv2", "conv_shortcut", "time_emb_proj"]
 PROMPT = "a {colour} {shape} on {background}"
 # Held against the counts: (figure, its words, lowest share, highest share).
 BOUNDS = (
@@ -83,7 +87,7 @@ def training_command(script, rank, data_dir, cache_dir, model_dir, seed):
         "resolution": shapes.SIZE,
         "train_batch_size": 16,
         "max_train_steps": 1600,
-        "learning_rate": OF_AN_ADAPTER if rank else LEARNING_RATE,
+        "learning_rate": ADAPTER_LEARNING_RATE if rank else LEARNING_RATE,
         "lr_scheduler": "cosine",
         "lr_warmup_steps": 20,
         "snr_gamma": 5.0,
@@ -91,9 +95,9 @@ def training_command(script, rank, data_dir, cache_dir, model_dir, seed):
         "validation_steps": 400,
         "seed": seed,
     }
-    if rank:
-        flags["rank"] = rank
     command = [sys.executable, str(ROOT / script), "--center_crop", "--random_flip", "--use_ema"]
+    if rank:
+        command += ["--rank", str(rank), "--lora_target_modules", *ADAPTED_LAYERS]
     for name, value in flags.items():
         command += [f"--{name}", str(value)]
     return [*command, "--validation_prompts", "a red star on white", "a blue star on black", "a green circle on white"]

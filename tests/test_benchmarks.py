@@ -171,6 +171,8 @@ def test_stable_diffusion_fits_the_cards_it_is_for():
     peak = memory.peak_bytes("sd15", **memory.RUNS[flags])
     assert 10 * parameters < peak < 16 * 2**30 * 7 / 8
     assert memory.peak_bytes("sd15", 2, **memory.RUNS[flags]) > peak
+    peak = memory.peak_bytes("sd15", **memory.RUNS["--use_ema --rank 16"])
+    assert 2 * parameters < peak < 4 * 2**30 * 7 / 8
 
 
 def test_the_small_size_takes_as_long_to_encode_as_to_train():

@@ -15,11 +15,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from conftest import ROOT, command_line, launch, reset_accelerate, run
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders import PeftAdapterMixin
 from faults import TRAINED, tensors_in
 from hub import Hub
 from huggingface_hub import ModelCard
+from peft import LoraConfig
 from safetensors.torch import load_file
 from test_hub import files_below
 from test_processes import finish, free_port
@@ -168,6 +169,24 @@ def test_the_seed_decides_the_first_adapter(flags):
     assert not any(torch.equal(first[0][name], first[2][name]) for name in names)
 
 
+def test_the_size_of_an_adapter_of_stable_diffusion_1_5():
+    """By its real configuration, without its weights: the README's numbers."""
+    config = json.loads((ROOT / "tests" / "benchmarks" / "model_configs.json").read_text())["stable-diffusion-1.5"][
+        "unet"
+    ]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        whole = sum(weight.numel() for weight in unet.parameters())
+        layers = ["to_q", "to_k", "to_v", "to_out.0"]
+        unet.add_adapter(LoraConfig(r=16, lora_alpha=16, target_modules=layers))
+    adapter = sum(weight.numel() for name, weight in unet.named_parameters() if ".lora_" in name)
+    readme = (ROOT / "README.md").read_text()
+    assert f"| trained parameters | {whole:,} | {adapter:,} |" in readme
+    assert f"| file of what was trained | {4 * whole / 1e9:.2f} GB | {4 * adapter / 1e6:.1f} MB |" in readme
+    weights = f"| {20 * whole / 1e9:.2f} GB | {(2 * whole + 20 * adapter) / 1e9:.2f} GB |"
+    assert f"| weights, gradients, average and AdamW's state {weights}" in readme
+
+
 # Resuming -------------------------------------------------------------------------------------------------------------
 
 
@@ -201,26 +220,30 @@ def test_a_signal_and_a_resume_change_no_bit(script, runs, tmp_path):
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
-def test_a_resume_in_bf16_with_8_bit_adam_changes_no_bit(flags, tmp_path, capsys):
+@every_script
+def test_a_resume_in_bf16_with_8_bit_adam_changes_no_bit(script, bases, images_folder, tmp_path, capsys):
     """Of a rank that is large enough for bitsandbytes to keep moments in 8 bits."""
     pytest.importorskip("bitsandbytes", reason="needs bitsandbytes, see requirements.txt")
-    flags |= {"rank": 256, "use_8bit_adam": True, "mixed_precision": "bf16", "max_train_steps": 4}
-    flags |= {"checkpointing_steps": 2, "learning_rate": 1e-3, "offload_ema": True, "use_ema": True}
+    flags = {**bases[script], "train_data_dir": images_folder, "output_dir": tmp_path / "output", "resolution": 32}
+    flags |= {"rank": 256, "use_8bit_adam": True, "mixed_precision": "bf16", "max_train_steps": 4, "seed": 0}
+    flags |= {"checkpointing_steps": 2, "learning_rate": 1e-3, "use_ema": True, "train_batch_size": 2}
+    flags |= {"offload_ema": script == STABLE_DIFFUSION, "validation_prompts": ["red dots"]}
     with pytest.MonkeyPatch.context() as monkeypatch:
         seen = watch(monkeypatch)
-        run(flags)
+        run(flags, script)
     dtypes = {".lora_" in name: weight.dtype for name, weight in seen["model"].named_parameters()}
     assert dtypes == {True: torch.float32, False: torch.bfloat16}
     reset_accelerate()
     shutil.copytree(flags["output_dir"] / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
-    run({**flags, "output_dir": tmp_path / "resumed", "gradient_checkpointing": True, "resume_from_checkpoint": True})
+    again = {"output_dir": tmp_path / "resumed", "gradient_checkpointing": True, "resume_from_checkpoint": True}
+    run({**flags, **again}, script)
     folders = [folder / "checkpoint-4" for folder in (flags["output_dir"], tmp_path / "resumed")]
-    one, two = (nested_tensors_in(torch.load(folder / "optimizer.bin")) for folder in folders)
-    assert torch.uint8 in {value.dtype for value in one.values()}
-    for part in ("unet", "unet_ema"):
-        one, two = ({**state, **adapter_of(folder / part)} for state, folder in zip((one, two), folders, strict=True))
-        assert one.keys() == two.keys()
-        assert all(torch.equal(value, two[name]) for name, value in one.items())
+    states = [nested_tensors_in(torch.load(folder / "optimizer.bin")) for folder in folders]
+    assert torch.uint8 in {value.dtype for value in states[0].values()}
+    for part in (TRAINED[script], f"{TRAINED[script]}_ema"):
+        states = [{**state, **adapter_of(folder / part)} for state, folder in zip(states, folders, strict=True)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     assert "should be kept in float32" not in capsys.readouterr().err
 
 

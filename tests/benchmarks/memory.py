@@ -11,13 +11,12 @@ tensors. The norms' inputs are kept in float32, as autocast has them on GPUs.
 import argparse
 import contextlib
 import functools
+import re
 import weakref
 
 import costs
 import sizes
 import torch
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -95,11 +94,27 @@ def norm_in_float32(norm, *arguments, **named):
         return norm(*arguments, **named)
 
 
+class Adapted(torch.nn.Module):
+    """A linear layer with an adapter beside it, as peft computes it; peft itself takes no tensors without content."""
+
+    def __init__(self, layer, rank):
+        super().__init__()
+        self.layer = layer
+        self.down = torch.nn.Linear(layer.in_features, rank, bias=False)
+        self.up = torch.nn.Linear(rank, layer.out_features, bias=False)
+
+    def forward(self, x):
+        return self.layer(x) + self.up(self.down(x.float()))
+
+
 def add_adapter(model, rank):
-    """--rank, as the scripts do it."""
-    model.requires_grad_(False).to(torch.bfloat16)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
-    cast_training_params(model)
+    """--rank, as the scripts do it: all else is frozen in bfloat16."""
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(weight.to(torch.bfloat16), requires_grad=False))
+    layers = [name for name, _ in model.named_modules() if re.search(r"\.(to_q|to_k|to_v|to_out\.0)$", name)]
+    for name in layers:
+        model.set_submodule(name, Adapted(model.get_submodule(name), rank))
 
 
 def peak_bytes(
@@ -118,6 +133,7 @@ def peak_bytes(
         model, frozen = models[trained].train(), [call for name, call in calls.items() if name != trained]
         if rank:
             add_adapter(model, rank)
+            live.peak = live.now  # the step's, not that of the change of type
         if recomputed:
             recompute(size, model)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
