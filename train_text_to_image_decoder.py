@@ -588,7 +588,6 @@ def main(args):
 logger = logging.getLogger(__name__)
 PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks
 fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
-logging.getLogger("diffusers.models.modeling_utils").addFilter(lambda record: "float32: []" not in record.getMessage())
 LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' name for it
@@ -1171,7 +1170,7 @@ def add_adapter(args, model, dtype, seed, folder=None):
     if unknown := [layer for layer in layers if not any(name.endswith(f".{layer}") for name in names)]:
         known = sorted({re.sub(r".*\.(?=[a-z])", "", name) for name in names})  # without the path to them
         raise RunError(f"--lora_target_modules {' '.join(unknown)}: no such layer; the model has {' '.join(known)}")
-    model.requires_grad_(False).to(dtype)
+    torch.nn.Module.to(model.requires_grad_(False), dtype)  # diffusers' own `to` warns for no reason
     with naming(f"--lora_target_modules {' '.join(layers)}"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(random_generator(seed, 4).integers(2**32)))
         model.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha or args.rank, target_modules=layers))
