@@ -23,6 +23,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+# The files that take longest begin first, so that pytest's two processes end at about the same time.
+SLOWEST = ["flax_training", "processes", "faults", "flax_cache", "safety", "flax_models", "security", "benchmarks"]
+
+
+def pytest_collection_modifyitems(items):
+    place = {f"test_{name}.py": number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))  # stable: else in pytest's own order
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
     """Caches of data sets and of what JAX has compiled, of the session's own, also for the processes it starts."""
