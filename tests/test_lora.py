@@ -182,9 +182,10 @@ def test_the_size_of_an_adapter_of_stable_diffusion_1_5():
     adapter = sum(weight.numel() for name, weight in unet.named_parameters() if ".lora_" in name)
     readme = (ROOT / "README.md").read_text()
     assert f"| trained parameters | {whole:,} | {adapter:,} |" in readme
-    assert f"| file of what was trained | {4 * whole / 1e9:.2f} GB | {4 * adapter / 1e6:.1f} MB |" in readme
-    weights = f"| {20 * whole / 1e9:.2f} GB | {(2 * whole + 20 * adapter) / 1e9:.2f} GB |"
-    assert f"| weights, gradients, average and AdamW's state {weights}" in readme
+    sizes = f"| {4 * whole / 1e9:.2f} GB; 16.7 GiB | {4 * adapter / 1e6:.1f} MB; 3.1 GiB |"
+    assert f"| size of their file; memory of a step, batch 1 at 512 px {sizes}" in readme
+    table = (ROOT / "tests" / "benchmarks" / "results" / "memory" / "table.md").read_text()
+    assert "16.7" in table and "3.1" in table
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------

@@ -280,7 +280,7 @@ def changed_configuration(part, **values):
 
 
 OTHERS = [
-    (FLAX, "block_out_channels", [16, 32], [16, 16]),
+    (FLAX, "block_out_channels", [16], [32]),
 ]
 
 
