@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
@@ -38,6 +39,14 @@ def launch_sharded(flags, folder):
     file.write_text(CONFIGURATION)
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file))
     return launch(flags, (*launcher, str(ROOT / "tests" / "sharded_on_cpu.py")))
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory):
+    """Of two levels, with all blocks that the automatic policy of FSDP looks for."""
+    folder = tmp_path_factory.mktemp("two_levels")
+    tiny.make_stable_diffusion(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
