@@ -51,7 +51,7 @@ FLAX_FILES = {
 # XLA compiles twice as fast so, and what it compiles are the same operations.
 FAST = {"xla_backend_optimization_level": 0}
 
-SHARD_SIZES = {"unet": 400_000, "vae": 100_000, "text_encoder": 20_000}  # bytes
+SHARD_SIZES = {"unet": 100_000, "vae": 100_000, "text_encoder": 20_000}  # bytes
 
 version_1 = pytest.mark.parametrize("pipeline", [1], indirect=True)
 all_parts = pytest.mark.parametrize("part", PARTS)
