@@ -1022,7 +1022,8 @@ def check_models(args):
             found = {file.stem.partition(".")[2] for file in part.parent.glob("*.safetensors")}  # "" without a variant
             if (getattr(args, "variant", None) or "") not in found and (found or any(part.parent.glob("*.bin"))):
                 convert = "if you trust them: DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)"
-                hint = f"variant {min(found)}; give --variant" if found else f"pickles, no safetensors; {convert}"
+                way = "give --variant" if "variant" in args else "the whole weights are needed"
+                hint = f"variant {min(found)}; {way}" if found else f"pickles, no safetensors; {convert}"
                 raise RunError(f"--{flag} {path}: {part.parent.name}/ has only {hint}")
 
 
