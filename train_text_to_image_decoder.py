@@ -700,7 +700,7 @@ def readable_rows(args, dataset):
             raise RunError(f"{message}; --skip_bad_images skips such images")
         logger.warning(f"skipped: {message}")
     if all(problems):
-        raise RunError("--skip_bad_images: none of the images can be read")
+        raise RunError("no images are left to train on")
     return [row for row in range(len(dataset)) if row >= last or not problems[row]]
 
 

@@ -195,7 +195,7 @@ def test_nothing_is_left_without_bad_images(script, flags, tmp_path, capsys, mon
     flags |= {"train_data_dir": folder, "skip_bad_images": True}
     assert run_as_main(flags, script, monkeypatch) == 1
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line == "error: --skip_bad_images: none of the images can be read"
+    assert line == "error: no images are left to train on"
     assert not flags["output_dir"].exists()
 
 
