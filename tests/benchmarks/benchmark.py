@@ -11,11 +11,14 @@ are taken within a round. The README beside this file says what each number is.
 import argparse
 import collections
 import datetime
+import gc
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -61,6 +64,7 @@ LEVERS = {
 ALONE = [name for name in LEVERS if name.startswith("bare")]
 
 # A script with what is added to its flags, and taken away. known: the flags that its --help lists.
+Versus = collections.namedtuple("Versus", "name path flags")
 Variant = collections.namedtuple("Variant", "name kind script known flags cached without")
 Point = collections.namedtuple("Point", "batch_size rows processes")
 Outcome = collections.namedtuple(
@@ -85,7 +89,8 @@ def parse_args(input_args=None):
     add("--script", type=Path, help="what trains; default: the PyTorch script of the size")
     levers = "what to add to the script's flags, each; 'alone': what has no flag, taken away, and added one by one"
     add("--levers", nargs="+", choices=[*LEVERS, "alone"], default=["plain"], help=levers)
-    add("--versus", nargs="+", type=Path, default=[], help="other scripts that take the same flags, to compare with")
+    versus = "other scripts that take the same flags, to compare with; as one word with more flags: 'script.py --flag'"
+    add("--versus", nargs="+", type=shlex.split, default=[], help=versus)
     add("--rounds", type=int, default=3, help="runs of everything, in turns")
     add("--steps", type=int, help="updates of a run, warm-up among them; default: as --seconds says")
     add("--warmup", type=int, default=3, help="first updates that are not measured")
@@ -101,9 +106,12 @@ def parse_args(input_args=None):
     add("--seed", type=int, default=0, help="of every run")
     add("--output", type=Path, default=HERE / "results", help="folder of the results; a report makes a folder in it")
     add("--name", help="of the report's folder; default: size, kind of device, and what is swept")
+    here = "run all in this process, and save no result: quicker, and the peak of GPU memory is that of tensors alone"
+    add("--here", action="store_true", help=here)
     add("--work_dir", type=Path, help="keep models, images and caches here for the next report; default: removed")
     args = parser.parse_args(input_args)
     args.levers = [own for name in args.levers for own in (ALONE if name == "alone" else [name])]
+    args.versus = [Versus(" ".join([Path(path).stem, *flags]), Path(path), flags) for path, *flags in args.versus]
     check_args(parser, args)
     return args
 
@@ -118,14 +126,16 @@ def check_args(parser, args):
             parser.error(f"argument --{name}: must be larger than 0, not {min(getattr(args, name))}")
     if len(swept := [name for name in SWEEPS if len(getattr(args, name)) > 1]) > 1:
         parser.error(f"several values for one flag at a time, not for --{' and --'.join(swept)}")
-    for path in (args.script, *args.versus):
+    for path in (args.script, *(other.path for other in args.versus)):
         if path and not path.is_file():
             parser.error(f"{path}: there is no such script")
     if script_of(args).name == FLAX and max(args.processes) > 1:
         parser.error(f"argument --processes: torchrun starts no processes of {FLAX}")
     if "plain" not in args.levers:
         parser.error("argument --levers: 'plain' has to be among them, it is what the others are compared with")
-    names = [*args.levers, *(path.stem for path in args.versus)]
+    if args.here and (max(args.processes) > 1 or any(LEVERS[name].get("without") for name in args.levers)):
+        parser.error("argument --here: several processes, and what is taken away from a script, need processes")
+    names = [*args.levers, *(other.name for other in args.versus)]
     if len(set(names)) < len(names):
         parser.error(f"two runs of one name: {' '.join(names)}")
     if args.steps and args.steps < (least := first_mark(args) + args.logging_steps):
@@ -264,6 +274,38 @@ def launch(command, environment, log):
     return Outcome(process.returncode, started, text, usage.ru_maxrss * 1024, peak_private or None, peak_gpu)
 
 
+def launch_here(command, environment, log):
+    """As `launch`, in this process and without saving the result. Raises RunFailed."""
+    script, *flags = command[1:]
+    os.environ.update(environment)
+    spec = importlib.util.spec_from_file_location(Path(script).stem, script)
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    torch = sys.modules.get("torch")  # not in the first run
+    if torch and torch.cuda.is_available():
+        torch._dynamo.reset()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    started = time.time()
+    try:
+        spec.loader.exec_module(module)
+        for name in ("save_result", "save_frozen_parts"):
+            if hasattr(module, name):
+                setattr(module, name, lambda *arguments, **named: None)
+        module.main(module.parse_args(flags))
+    except (Exception, SystemExit) as error:
+        raise RunFailed(f"{Path(script).name}: {type(error).__name__}: {last_line(str(error))}") from None
+    finally:
+        if state := sys.modules.get("accelerate.state"):
+            state.AcceleratorState._reset_state(reset_partial_state=True)
+            state.GradientState._reset_state()
+        del module, sys.modules[spec.name]
+        gc.collect()
+    torch = sys.modules.get("torch")
+    peak = torch.cuda.max_memory_allocated() or None if torch else None
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Outcome(0, started, "", resident, None, peak)
+
+
 def public_command(command, variant, work):
     """A command as one line without the folders of this machine: WORK stands for `work` (Path)."""
     line = shlex.join(command).replace(sys.executable, "python").replace(str(work), "WORK")
@@ -285,7 +327,8 @@ def train(args, variant, point, steps, folders):
         command = training_command(args, variant, point, steps, folders)
         read_through(folders["images"])
         read_through(folders["cache"])
-        outcome = launch(command, environment_of(variant, point), Path(scratch, "log.txt"))
+        start = launch_here if args.here else launch
+        outcome = start(command, environment_of(variant, point), Path(scratch, "log.txt"))
         if outcome.status:
             raise RunFailed(f"{variant.name}: exit status {outcome.status}: {last_line(outcome.output)}")
         updates = report.read_updates(folders["output"] / "logs")
@@ -332,7 +375,7 @@ def prepare(args, work):
         if not folder.exists():
             words = ("images", "--resolution", resolution, "--rows", rows, "--folder", folder)
             tasks.append(words + ("--saved",) * saved)
-    scripts = [script_of(args), *(path.resolve() for path in args.versus)]
+    scripts = [script_of(args), *(other.path.resolve() for other in args.versus)]
     with ThreadPoolExecutor(2) as executor:
         made = [executor.submit(helper, "sizes.py", *words) for words in tasks]
         flags = dict(zip(scripts, executor.map(known_flags, scripts), strict=True))
@@ -357,8 +400,8 @@ def variants_of(args, known):
             skipped.append(f"{name}: skipped, {script.name} has no {' '.join(missing) or 'such levers'}")
             continue
         variants.append(Variant(name, "lever", script, known[script], flags, lever.get("cached", False), taken))
-    for path in args.versus:
-        variants.append(Variant(path.stem, "versus", path.resolve(), known[path.resolve()], [], False, []))
+    for name, path, flags in args.versus:
+        variants.append(Variant(name, "versus", path.resolve(), known[path.resolve()], flags, False, []))
     return variants, skipped
 
 
@@ -395,7 +438,8 @@ def write_line(path, line):
 
 def work_shares(costs, variant, point, images_per_second):
     """FLOPs per image of a run, and the share of the device's matmul rate that it reaches."""
-    flops = costs["flops"][costs["trained"]] if variant.cached else sum(costs["flops"].values())
+    cached = variant.cached or variant.name == "bare_loop"
+    flops = costs["flops"][costs["trained"]] if cached else sum(costs["flops"].values())
     devices = point.processes if costs["device_type"] == "cuda" else 1  # processes on a CPU share it
     share = flops * images_per_second / (costs["matmul_flops_per_second"] * devices)
     return {"flops_per_image": flops, "share_of_matmul_rate": share}

@@ -11,8 +11,12 @@ tensors. The norms' inputs are kept in float32, as autocast has them on GPUs.
 import argparse
 import contextlib
 import functools
+import math
 import re
+import sys
+import tempfile
 import weakref
+from pathlib import Path
 
 import costs
 import sizes
@@ -153,12 +157,31 @@ def peak_bytes(
     return live.peak
 
 
+def measured_bytes(size, flags, batch_size, resolution, work):
+    """The peak of `torch.cuda.max_memory_allocated` in three steps of the script. work: Path with models and images."""
+    import benchmark
+
+    script, side = sizes.SIZES[size]
+    images = next(work.glob(f"images-{side}-*"))
+    command = [sys.executable, benchmark.ROOT / script, "--train_data_dir", images, "--resolution", resolution or side]
+    for name, folder in benchmark.model_flags(size, work / f"models-{size}").items():
+        command += [name, folder]
+    command += ["--train_batch_size", batch_size, "--max_train_steps", 3, "--mixed_precision", "bf16"]
+    command += ["--center_crop", "--report_to", "none"]
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        flags = flags.replace("--cache_encodings", f"--cache_encodings {scratch}/cache").split()
+        command += [*flags, "--output_dir", f"{scratch}/output"]
+        return benchmark.launch_here([str(word) for word in command], {"HF_HUB_OFFLINE": "1"}, None).peak_gpu_bytes
+
+
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     real = [size for size in sizes.SIZES if size not in {**sizes.OWN_CONFIGS, **sizes.SMALLER}]
     parser.add_argument("--size", nargs="+", choices=list(sizes.SIZES), default=real, help="which models")
     parser.add_argument("--batch_size", type=int, default=1, help="images per step and GPU")
     parser.add_argument("--resolution", type=int, help="side of the images, in pixels; default: the size's own")
+    measure = "also measure on a GPU, with the models and images that benchmark.py has left in this --work_dir"
+    parser.add_argument("--work_dir", type=Path, help=measure)
     args = parser.parse_args(input_args)
     for name in ("batch_size", "resolution"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -169,7 +192,8 @@ def parse_args(input_args=None):
 def main(args):
     """Print a table of the sizes."""
     images = f"{args.batch_size} image{'s' * (args.batch_size > 1)}"
-    print(f"GiB of all tensors of a step with {images}, bfloat16, AdamW.\n")
+    measured = "; measured / computed" if args.work_dir else ""
+    print(f"GiB of all tensors of a step with {images}, bfloat16, AdamW{measured}.\n")
     print(f"| flags | {' | '.join(args.size)} |")
     print("|---|" + "---|" * len(args.size))
     for flags, run in RUNS.items():
@@ -178,6 +202,9 @@ def main(args):
             known = "--offload_ema" not in flags or sizes.kind_of(size) == "stable-diffusion"
             peak = peak_bytes(size, args.batch_size, args.resolution, **run) if known else None
             cells.append(f"{peak / GIB:.1f}" if peak else "no such flag")
+            if peak and args.work_dir:
+                found = measured_bytes(size, flags, args.batch_size, args.resolution, args.work_dir.resolve())
+                cells[-1] = f"{found / GIB if found else math.nan:.1f} / {cells[-1]}"
         print(f"| `{flags}` | {' | '.join(cells)} |", flush=True)
 
 
