@@ -176,10 +176,10 @@ def model_flags(size, folder):
     """The flags that name the models of a size, which lie in `folder` (Path)."""
     if sizes.kind_of(size) == "stable-diffusion":
         return {"--pretrained_model_name_or_path": folder}
-    return {
-        "--pretrained_prior_model_name_or_path": folder / "prior",
-        "--pretrained_decoder_model_name_or_path": folder / "decoder",
-    }
+    flags = {"--pretrained_prior_model_name_or_path": folder / "prior"}
+    if sizes.kind_of(size) == "decoder":
+        flags["--pretrained_decoder_model_name_or_path"] = folder / "decoder"
+    return flags
 
 
 def training_command(args, variant, point, steps, folders):
@@ -436,9 +436,9 @@ def write_line(path, line):
         file.write(json.dumps(line) + "\n")
 
 
-def work_shares(costs, variant, point, images_per_second):
+def work_shares(costs, variant, point, images_per_second, more_flags=""):
     """FLOPs per image of a run, and the share of the device's matmul rate that it reaches."""
-    cached = variant.cached or variant.name == "bare_loop"
+    cached = variant.cached or variant.name == "bare_loop" or "--cache_encodings" in more_flags
     flops = costs["flops"][costs["trained"]] if cached else sum(costs["flops"].values())
     devices = point.processes if costs["device_type"] == "cuda" else 1  # processes on a CPU share it
     share = flops * images_per_second / (costs["matmul_flops_per_second"] * devices)
@@ -451,18 +451,21 @@ def run_point(args, point, variants, folders, record, costs):
     record: a function that writes a line of the report.
     """
     failures, steps = [], {}
-    cache = "-".join(["cache", args.size, *map(str, point)])  # of each lever its own, with its name appended
+    cache = "-".join(["cache", args.size, *map(str, point)])  # of each lever its own, except --here
+
+    def cache_of(variant):
+        return folders["work"] / (f"{cache}-here" if args.here else f"{cache}-{variant.name}")
 
     def attempt(variant, steps, **what):
         try:
-            own = {**folders, "cache": folders["work"] / f"{cache}-{variant.name}"}
+            own = {**folders, "cache": cache_of(variant)}
             measured = train(args, variant, point, steps, own)
         except RunFailed as failure:
             failures.append(str(failure))
             record(**what, **point._asdict(), variant=variant.name, kind=variant.kind, failed=str(failure))
             print(f"failed: {failure}", flush=True)
             return None
-        shares = work_shares(costs, variant, point, measured["images_per_second"])
+        shares = work_shares(costs, variant, point, measured["images_per_second"], args.flags)
         record(**what, **point._asdict(), variant=variant.name, kind=variant.kind, **shares, **measured)
         print(
             f"{what['purpose']:<8} {what.get('round', ''):<2} {variant.name:<22} {measured['images_per_second']:8.2f} "
@@ -473,12 +476,13 @@ def run_point(args, point, variants, folders, record, costs):
 
     least = first_mark(args) + args.logging_steps
     for variant in variants:
-        if variant.cached:  # what an earlier report has left would make the filling look quick
-            shutil.rmtree(folders["work"] / f"{cache}-{variant.name}", ignore_errors=True)
-        estimate = None
-        if variant.cached or not args.steps:
-            estimate = attempt(variant, least, purpose="fill" if variant.cached else "estimate")
-        if estimate or (args.steps and not variant.cached):
+        filled = variant.cached and args.here and cache_of(variant).exists()
+        if variant.cached and not filled:  # what an earlier report has left would make the filling look quick
+            shutil.rmtree(cache_of(variant), ignore_errors=True)
+        estimate, fills = None, variant.cached and not filled
+        if fills or not args.steps:
+            estimate = attempt(variant, least, purpose="fill" if fills else "estimate")
+        if estimate or (args.steps and not fills):
             steps[variant.name] = planned_steps(args, estimate)
     for number in range(args.rounds):
         turn = [variant for variant in variants if variant.name in steps]

@@ -16,7 +16,9 @@ if [ -z "${WORK:-}" ]; then
     WORK=$(mktemp -d "$([ "${room:-0}" -gt 60000000 ] && echo /dev/shm || echo /tmp)/gpu.XXXXXX")
     trap 'rm -rf "$WORK"' EXIT
 fi
-export TMPDIR=$WORK TORCHINDUCTOR_CACHE_DIR=$WORK/inductor JAX_COMPILATION_CACHE_DIR=$WORK/jax HF_DATASETS_CACHE=$WORK/hf
+unset PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX=$WORK/bytecode TMPDIR=$WORK HF_DATASETS_CACHE=$WORK/hf
+export TORCHINDUCTOR_CACHE_DIR=$WORK/inductor JAX_COMPILATION_CACHE_DIR=$WORK/jax
 
 step() {  # name, seconds at most, command
     local name=$1 seconds=$2 started=$SECONDS status
@@ -36,44 +38,58 @@ step() {  # name, seconds at most, command
 
 benchmark() {
     "$PYTHON" tests/benchmarks/benchmark.py --use_ema --mixed_precision bf16 --rounds 1 --warmup 10 --logging_steps 5 \
-        --here --work_dir "$WORK" --output "$WORK/results" "$@"
+        --steps 21 --here --work_dir "$WORK" --output "$WORK/results" "$@"
 }
 export -f benchmark
 export PYTHON WORK
 
-models() {  # of a size
-    "$PYTHON" tests/benchmarks/sizes.py models --size "$1" --folder "$WORK/models-$1"
+models() {  # of these sizes, in the background
+    for size in "$@"; do
+        [ -d "$WORK/models-$size" ] ||
+            "$PYTHON" tests/benchmarks/sizes.py models --size "$size" --folder "$WORK/models-$size" \
+                >"$WORK/models-$size.log" 2>&1 &
+    done
+}
+
+cached() {  # the flags of a run from a cache of its own
+    echo "'--cache_encodings $WORK/cache-$1 ${2:-}'"
 }
 
 mkdir -p "$WORK/results"
 { nvidia-smi; nproc; free -g; df -h /dev/shm; "$PYTHON" -m pip list; } >"$OUT/machine.txt" 2>&1
+loop=tests/benchmarks/bare_loop.py recipe=tests/benchmarks/recipe.py
+case "${*:-speed}" in *speed*) models $PRIOR $DECODER ;; esac
+case "${*:-speed}" in *speed* | *memory*) models "$SIZE" ;; esac
+step imports 90 "$PYTHON" -c "import train_text_to_image, train_text_to_image_flax"  # compiled once for all runs
 for part in "${@:-checks speed memory}"; do
     for name in $part; do
         case $name in
         checks)
-            step checks 150 "$PYTHON" tests/benchmarks/gpu_checks.py --work_dir "$WORK/checks" \
-                --output "$WORK/results/checks.jsonl" --timeout 90
-            tar -czf "$OUT/pictures.tar.gz" -C "$WORK/checks" $(cd "$WORK/checks" && ls output/*/validation/*.png)
+            step checks 130 env OMP_NUM_THREADS=2 "$PYTHON" tests/benchmarks/gpu_checks.py --work_dir "$WORK/checks" \
+                --output "$WORK/results/checks.jsonl" --only "${CHECKS:-.}" --at_a_time "${AT_A_TIME:-14}"
+            (cd "$WORK/checks" && tar -czf "$OUT/pictures.tar.gz" output/*/validation/*.png)
             ;;
         speed)
-            for size in $PRIOR $DECODER; do models "$size" >"$WORK/models-$size.log" 2>&1 & done
-            loop=tests/benchmarks/bare_loop.py recipe=tests/benchmarks/recipe.py
-            step sd 240 bash -c "benchmark --size $SIZE --batch_sizes $BATCH --steps 26 --name $SIZE-cuda \
+            wait
+            step sd 230 bash -c "benchmark --size $SIZE --batch_sizes $BATCH --name $SIZE-cuda \
                 --levers plain cache cache-compile --versus $loop '$loop --encode' $recipe"
-            step levers 120 "$PYTHON" tests/benchmarks/levers.py --pretrained_model_name_or_path "$WORK/models-$SIZE" \
-                --train_batch_size "$BATCH" --resolution "${RESOLUTION:-512}" --mixed_precision bf16 --use_ema --profile
-            step sd-large 100 bash -c "benchmark --size $SIZE --batch_sizes $LARGE --steps 21 \
-                --name $SIZE-cuda-batch-$LARGE --levers plain cache --versus $loop"
-            step jax 150 bash -c "benchmark --size $SIZE --batch_sizes $BATCH --steps 21 --name $SIZE-cuda-jax \
-                --levers plain cache --script train_text_to_image_flax.py"
+            step levers 110 "$PYTHON" tests/benchmarks/levers.py --pretrained_model_name_or_path "$WORK/models-$SIZE" \
+                --train_batch_size "$BATCH" --resolution "${RESOLUTION:-512}" --mixed_precision bf16 --use_ema \
+                --profile --levers ${LEVERS:-plain half-precision-norms cudnn-benchmark cuda-graph compile}
+            step jax 110 bash -c "benchmark --size $SIZE --batch_sizes $BATCH --name $SIZE-cuda-jax --levers plain \
+                --script train_text_to_image_flax.py --flags=$(cached jax)"
+            step large 60 bash -c "benchmark --size $SIZE --batch_sizes $LARGE --name $SIZE-cuda-batch-$LARGE \
+                --levers plain --versus $loop --flags=$(cached large)"
             wait
             for size in $PRIOR $DECODER; do
-                step "$size" 90 bash -c "benchmark --size $size --batch_sizes ${KANDINSKY_BATCH:-32} --steps 21 \
-                    --name $size-cuda --levers plain cache"
+                step "$size" 60 bash -c "benchmark --size $size --name $size-cuda --levers plain \
+                    --batch_sizes $([ "$size" = "$PRIOR" ] && echo 64 || echo 16) --flags=$(cached "$size")"
             done
             ;;
         memory)
-            [ -d "$WORK/models-$SIZE" ] || models "$SIZE"
+            step out-of-memory 60 "$PYTHON" train_text_to_image.py --pretrained_model_name_or_path "$WORK/models-$SIZE" \
+                --train_data_dir "$(ls -d "$WORK"/images-*-256 | head -1)" --train_batch_size 640 --max_train_steps 1 --report_to none \
+                --mixed_precision bf16 --output_dir "$WORK/output"
             step memory 120 "$PYTHON" tests/benchmarks/memory.py --size "$SIZE" --work_dir "$WORK"
             ;;
         *)

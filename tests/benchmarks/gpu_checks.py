@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -155,7 +156,7 @@ def compare(name, base, figures, work):
 
 
 def main(args):
-    work, figures = args.work_dir.resolve(), {}
+    work, figures, one_at_a_time = args.work_dir.resolve(), {}, threading.Lock()
     work.mkdir(parents=True, exist_ok=True)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     make_inputs(work)
@@ -168,17 +169,19 @@ def main(args):
 
     def do(name, resume=False):
         full = f"{name}, resumed" if resume else name
-        figures[full] = run(full, *RUNS[name], work, args.timeout, resume)
-        record(figures[full])
+        found = run(full, *RUNS[name], work, args.timeout, resume)
+        record(found)
+        with one_at_a_time:
+            figures[full] = found
+            ready = [pair for pair in PAIRS if full in pair and all("losses" in figures.get(one, {}) for one in pair)]
+        for pair in ready:
+            record(compare(*pair, figures, work))
 
     names = [name for name in RUNS if not args.only or re.search(args.only, name)]
     with ThreadPoolExecutor(args.at_a_time) as executor:
         list(executor.map(do, names))
         resumed = [name for name in RESUMED if "losses" in figures.get(name, {})]
         list(executor.map(lambda name: do(name, resume=True), resumed))
-    for name, base in PAIRS:
-        if "losses" in figures.get(name, {}) and "losses" in figures.get(base, {}):
-            record(compare(name, base, figures, work))
     return int(any(line["status"] != 0 for line in figures.values()))
 
 

@@ -23,8 +23,8 @@ from torch.nn import functional
 def parse_args(input_args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--levers", nargs="+", choices=list(LEVERS), default=list(LEVERS))
-    parser.add_argument("--warmup", type=int, default=4, help="first steps of each, which are not measured")
-    parser.add_argument("--steps", type=int, default=12, help="measured steps of each, in three windows")
+    parser.add_argument("--warmup", type=int, default=3, help="first steps of each, which are not measured")
+    parser.add_argument("--steps", type=int, default=9, help="measured steps of each, in three windows")
     parser.add_argument("--profile", action="store_true", help="profile two steps of the loop without a lever")
     own, rest = parser.parse_known_args(input_args)
     return own, bare_loop.parse_args(rest)
