@@ -129,6 +129,7 @@ def parse_args(input_args=None):
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: accelerate's configuration")
     add("--deterministic", action="store_true", help="only deterministic kernels on GPUs: exact resumes, slower")
     add("--allow_tf32", action="store_true", help="allow TF32 matrix products on NVIDIA GPUs: faster, less precise")
+    add("--half_precision_norms", action="store_true", help="faster norms, less precise: outputs in --mixed_precision")
     add("--compile", action="store_true", help="compile the trained model: minutes at the start, then faster steps")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="use the attention of xformers")
     add("--local_rank", type=int, default=-1, help="accepted and not needed: the launcher tells each process its rank")
@@ -499,7 +500,7 @@ def main(args):
         check_resume(args, checkpoint, start, run)
 
     # Optimizer.
-    to_device(accelerator, unet.train())
+    to_device(accelerator, args, unet.train())
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -510,7 +511,7 @@ def main(args):
     optimizer = make_optimizer(args, unet.parameters(), accelerator.device)
     unet, optimizer = accelerator.prepare(unet, optimizer)
     if ema_unet:
-        ema_unet = place_ema(accelerator, ema_unet)
+        ema_unet = place_ema(accelerator, args, ema_unet)
     evaluated = ema_unet or unet  # validated and saved
     if checkpoint:
         load_optimizer(accelerator, unet, optimizer, checkpoint)
@@ -1054,6 +1055,8 @@ def make_accelerator(args):
         raise RunError("each process would train alone: on CPUs set ACCELERATE_USE_CPU=true for the launcher")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise RunError("--mixed_precision fp16: needs a GPU, a CPU has bf16")
+    if args.half_precision_norms and accelerator.mixed_precision == "no":
+        raise RunError("--half_precision_norms: needs --mixed_precision bf16 or fp16")
     if accelerator.distributed_type in ("DEEPSPEED", "FSDP") and not accelerator.is_fsdp2:
         raise RunError("accelerate's configuration: to shard a model use FSDP with fsdp_version: 2")
     if args.rank and accelerator.distributed_type == "FSDP":
@@ -1144,11 +1147,29 @@ def noted_anywhere(noted, group):
 
 
 # Weights, optimizer and average ---------------------------------------------------------------------------------------
-def to_device(accelerator, model):
+def to_device(accelerator, args, model):
     """Move a model that trains, or its average, to the device. Channels-last weights are faster, but not on CPUs."""
-    if accelerator.device.type == "cuda" and accelerator.distributed_type != "FSDP":  # which needs contiguous ones
+    # FSDP needs contiguous weights; bitsandbytes makes them so in its first update, and a resumed run would differ.
+    contiguous = accelerator.distributed_type == "FSDP" or args.use_8bit_adam
+    if accelerator.device.type == "cuda" and not contiguous:
         model.to(memory_format=torch.channels_last)
+    for module in model.modules() if args.half_precision_norms else ():
+        if type(module) in (torch.nn.GroupNorm, torch.nn.LayerNorm):
+            module.forward = functools.partial(half_precision_norm, module)
     return model._apply(lambda tensor: tensor.to(accelerator.device, copy=True))  # not the mapped file, see place_ema
+
+
+def half_precision_norm(norm, hidden):
+    """Return a norm's output in autocast's half precision, not in float32. Statistics are in float32 either way."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return type(norm).forward(norm, hidden)
+    dtype = torch.get_autocast_dtype(device)
+    weight, bias = (value if value is None else value.to(dtype) for value in (norm.weight, norm.bias))
+    with torch.autocast(device, enabled=False):
+        if isinstance(norm, torch.nn.GroupNorm):
+            return torch.nn.functional.group_norm(hidden.to(dtype), norm.num_groups, weight, bias, norm.eps)
+        return torch.nn.functional.layer_norm(hidden.to(dtype), norm.normalized_shape, weight, bias, norm.eps)
 
 
 def adapter_flags(flags):
@@ -1210,13 +1231,14 @@ def make_ema(args, model, folder=None):
     return ema
 
 
-def place_ema(accelerator, ema, offload=False):
+def place_ema(accelerator, args, ema, offload=False):
     """Put the average where the weights are, sharded like them, or leave it in main memory."""
     ema.requires_grad_(False).eval()
     ema.forward = accelerate.utils.convert_outputs_to_fp32(ema.forward)  # as of the trained model in mixed precision
     if accelerator.distributed_type == "FSDP":
         return accelerate.utils.fsdp2_prepare_model(accelerator, ema)
-    return ema._apply(torch.clone) if offload else to_device(accelerator, ema)  # Windows deletes no file that is mapped
+    # A copy: Windows deletes no file that is mapped.
+    return ema._apply(torch.clone) if offload else to_device(accelerator, args, ema)
 
 
 @torch.no_grad()

@@ -23,13 +23,13 @@ PART_ONE = {
     "train_text_to_image_decoder.py": 580,
 }
 WHOLE = {
-    "train_text_to_image.py": 1475,
-    "train_text_to_image_prior.py": 1367,
-    "train_text_to_image_decoder.py": 1367,
+    "train_text_to_image.py": 1497,
+    "train_text_to_image_prior.py": 1389,
+    "train_text_to_image_decoder.py": 1389,
     FLAX: 2240,
     CHECK_DATA: 240,  # it explains what users bring, and mends it, so that the scripts need not
 }
-MACHINERY, LONGEST_LINE, LONGEST_MAIN, LONGEST_FUNCTION, DEEPEST = 798, 120, 140, 40, 5
+MACHINERY, LONGEST_LINE, LONGEST_MAIN, LONGEST_FUNCTION, DEEPEST = 819, 120, 140, 40, 5
 
 SCRIPTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in WHOLE if (ROOT / name).exists()}
 TRAINING = {name: source for name, source in SCRIPTS.items() if name != CHECK_DATA}
@@ -64,7 +64,7 @@ WITHOUT_EFFECT = {"local_rank", "foreach_ema", "from_pt"}
 ANOTHER_NAME = {"validation_prompt"}
 # Ours beyond upstream's.
 NEW = {"proportion_empty_prompts", "validation_steps", "logging_steps", "skip_bad_images", "cache_encodings"}
-NEW_IN_PYTORCH = NEW | {"compile", "deterministic", "lora_alpha", "lora_target_modules"}
+NEW_IN_PYTORCH = NEW | {"compile", "deterministic", "half_precision_norms", "lora_alpha", "lora_target_modules"}
 NEW_IN_PYTORCH |= {"rank", "validation_prompt", "num_validation_images"}  # of upstream's LoRA scripts
 NEW_FLAGS = {
     "train_text_to_image.py": NEW_IN_PYTORCH,

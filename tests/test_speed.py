@@ -1,6 +1,7 @@
 """What makes the scripts fast changes no result: each lever against the plain way."""
 
 import functools
+import importlib
 import os
 import platform
 import subprocess
@@ -9,13 +10,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import reset_accelerate, run
+from conftest import ROOT, reset_accelerate, run
 from demo import KEEP_FREED_MEMORY
 from diffusers.training_utils import EMAModel
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train_text_to_image import training_losses, update_ema
+
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+
+import memory
 
 
 def test_the_average_is_diffusers_own():
@@ -168,6 +173,24 @@ def flags_of(folders, images_folder, tmp_path):
         return {**flags, "resolution": 32, "learning_rate": 1e-3}
 
     return of_script
+
+
+@pytest.mark.parametrize("script", ["train_text_to_image", "train_text_to_image_prior"])
+def test_norms_in_half_precision_change_the_loss_by_a_rounding(script, flags_of, tmp_path):
+    """Of group and layer norms: by less than a unit of bfloat16's last place, against norms as autocast has on GPUs."""
+    flags = {**flags_of(script), "mixed_precision": "bf16"}
+    with memory.norms_as_on_gpus():
+        run(flags, script)
+        run({**flags, "output_dir": tmp_path / "half", "half_precision_norms": True}, script)
+    plain, half = np.array(losses_of(tmp_path / "plain")), np.array(losses_of(tmp_path / "half"))
+    assert (half != plain).any()
+    np.testing.assert_allclose(half, plain, rtol=2**-7)
+
+
+def test_norms_in_half_precision_need_one(flags_of):
+    module = importlib.import_module("train_text_to_image")
+    with pytest.raises(module.RunError, match="^--half_precision_norms: needs --mixed_precision bf16 or fp16$"):
+        run({**flags_of("train_text_to_image"), "half_precision_norms": True})
 
 
 @pytest.mark.filterwarnings("ignore")

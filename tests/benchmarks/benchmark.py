@@ -53,6 +53,7 @@ LEVERS = {
     "cache-workers": {"flags": [*CACHE, *WORKERS], "cached": True},
     "compile": {"flags": ["--compile"]},
     "cache-compile": {"flags": [*CACHE, "--compile"], "cached": True},
+    "cache-half-norms": {"flags": [*CACHE, "--half_precision_norms"], "cached": True},
     "gradient-checkpointing": {"flags": ["--gradient_checkpointing"]},
     "8-bit-adamw": {"flags": ["--use_8bit_adam"]},
     "offloaded-average": {"flags": ["--offload_ema"]},

@@ -35,6 +35,7 @@ RUNS = {  # {name: (script, flags)}; 8 updates each, with a checkpoint after 4
     "tf32": (SD, EMA + "--allow_tf32"),
     "bf16": (SD, EMA + BF16 + "--validation_prompts star,circle"),
     "fp16": (SD, EMA + FP16),
+    "half-precision norms": (SD, EMA + BF16 + "--half_precision_norms"),
     "deterministic": (SD, EMA + EXACT),
     "deterministic bf16": (SD, EMA + EXACT + BF16),
     "deterministic fp16": (SD, EMA + EXACT + FP16),
@@ -62,7 +63,12 @@ RUNS = {  # {name: (script, flags)}; 8 updates each, with a checkpoint after 4
 RESUMED = ["float32", "deterministic", "deterministic bf16", "deterministic fp16", "8-bit AdamW", "average on the CPU"]
 RESUMED += ["compile", "cache bf16", "LoRA bf16", "prior bf16", "decoder bf16", "JAX float32", "JAX bf16"]
 PAIRS = [("float32 on the CPU", "float32"), ("tf32", "float32"), ("bf16", "float32"), ("fp16", "float32")]
-PAIRS += [("deterministic", "float32"), ("compile", "float32"), ("8-bit AdamW", "deterministic")]
+PAIRS += [
+    ("half-precision norms", "bf16"),
+    ("deterministic", "float32"),
+    ("compile", "float32"),
+    ("8-bit AdamW", "deterministic"),
+]
 PAIRS += [("average on the CPU", "deterministic"), ("no data workers", "deterministic")]
 PAIRS += [("checkpointing", "deterministic"), ("cache", "centre"), ("cache bf16", "centre bf16")]
 PAIRS += [("prior cache bf16", "prior bf16"), ("decoder cache bf16", "decoder bf16"), ("JAX bf16", "JAX float32")]
@@ -136,7 +142,7 @@ def weights(folder):
     return {
         f"{path.relative_to(folder)}: {name}": value
         for path in sorted(folder.rglob("*.safetensors"))
-        if "checkpoint" not in str(path)
+        if "checkpoint-" not in str(path.relative_to(folder))
         for name, value in load_file(path).items()
     }
 
