@@ -1,6 +1,7 @@
 """The benchmarks: what they compute, on events and scripts whose speed is known, and one real report on tiny models."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -390,3 +391,50 @@ def test_a_real_report(tmp_path):
         "python train_text_to_image.py --pretrained_model_name_or_path WORK/models-tiny"
     )
     assert not list((tmp_path / "temporary").glob("benchmark-*"))  # nothing is left behind
+
+
+@pytest.mark.timeout(300)
+def test_a_report_in_one_process_against_the_bare_loop(tmp_path):
+    loop = ROOT / "tests" / "benchmarks" / "bare_loop.py"
+    words = "--here --size tiny --levers plain cache --rounds 1 --rows 8 --batch_sizes 2 --warmup 1 --logging_steps 2"
+    command = [benchmark.__file__, *words.split(), "--steps", "7", "--use_ema", "--mixed_precision", "bf16"]
+    command += [
+        "--versus",
+        str(loop),
+        f"{loop} --encode",
+        "--output",
+        str(tmp_path),
+        "--work_dir",
+        str(tmp_path / "work"),
+    ]
+    result = forks.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "tiny-cpu" / "runs.jsonl").read_text().splitlines()]
+    assert [line["purpose"] for line in lines] == ["fill"] + ["measure"] * 4
+    assert [line["variant"] for line in lines] == ["cache", "plain", "cache", "bare_loop", "bare_loop --encode"]
+    assert all(math.isfinite(loss) for line in lines for _, loss in line["losses"])
+    flops = [line["flops_per_image"] for line in lines]
+    assert flops[0] == flops[2] == flops[3] < flops[1] == flops[4]  # without the encoders, and with
+
+
+def test_levers_on_the_bare_loop(tmp_path):
+    """A line for each, the failed ones too, and the most costly operations."""
+    sizes.make_models("tiny", tmp_path)
+    words = f"levers.py --pretrained_model_name_or_path {tmp_path} --levers plain half-precision-norms cuda-graph"
+    words += " --profile --resolution 32 --train_batch_size 2 --mixed_precision bf16 --warmup 1 --steps 3"
+    script, *flags = words.split()
+    result = forks.run([str(ROOT / "tests" / "benchmarks" / script), *flags])
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines() if line.startswith("{")]
+    assert [line["lever"] for line in lines] == ["plain", "half-precision-norms", "cuda-graph"]
+    assert lines[1]["step_seconds"] * lines[1]["times_plain"] == pytest.approx(lines[0]["step_seconds"])
+    assert torch.cuda.is_available() or "failed" in lines[2]
+    assert "aten::" in result.stdout
+
+
+def test_the_gpu_script_knows_its_parts(tmp_path):
+    environment = {**os.environ, "OUT": str(tmp_path / "out"), "WORK": str(tmp_path), "PYTHON": "true"}
+    command = [str(ROOT / "tests" / "benchmarks" / "gpu.sh"), "everything"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert result.stderr == "everything: no such part; there are checks, speed and memory\n"
