@@ -55,6 +55,7 @@ import unicodedata
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
@@ -396,7 +397,7 @@ def prepare_rows(accelerator, args, dataset, image_processor, movq, image_encode
 
 
 def log_validation(pipeline, prior, unet, accelerator, args, seed, step):
-    """Generate a picture of each validation prompt, on every process. Returns the Path of the grid on the main one."""
+    """Generate a picture of each validation prompt. To be called by every process."""
     pipeline.unet = accelerator.unwrap_model(unet)
     pipeline.set_progress_bar_config(disable=True)
     prior.set_progress_bar_config(disable=True)
@@ -407,40 +408,39 @@ def log_validation(pipeline, prior, unet, accelerator, args, seed, step):
         return pipeline(**embeds, num_inference_steps=20, generator=generator, **size).images[0]
 
     with visiting(accelerator, prior.prior, prior.text_encoder, prior.image_encoder, pipeline.movq):
-        return validate(accelerator, args, pipeline.unet, generate, seed, step)
+        validate(accelerator, args, pipeline.unet, generate, seed, step)
 
 
-def save_model_card(args, name, seed, steps, validation_image):
-    """Write the card of the model `name`, --output_dir or a Hub id. validation_image: the last grid's Path, or None."""
-    base, source = args.pretrained_decoder_model_name_or_path, args.dataset_name or args.train_data_dir
-    prompts, pictures = args.validation_prompts or ["a prompt"], ""
-    if validation_image:
-        prompt_list = as_json(prompts, indent=2)
-        pictures = f"![validation pictures](validation/{validation_image.name})\n\n```json\n{prompt_list}\n```\n\n"
-    tags, trained = ["kandinsky"], "its UNet"
-    code = f"""from diffusers import AutoPipelineForText2Image
+def usage(args, name):
+    """Python code that generates a picture with the result, by its `name`: --output_dir or a Hub id."""
+    prompt = as_json((args.validation_prompts or ["a prompt"])[0])
+    loading = f"""from diffusers import AutoPipelineForText2Image
 
 pipeline = AutoPipelineForText2Image.from_pretrained({as_json(name)})"""
     if args.rank:
-        tags, trained = [*tags, "lora"], f"an adapter (LoRA, rank {args.rank}) of its UNet"
-        code = f"""from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+        loading = f"""from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
 prior_pipeline = DiffusionPipeline.from_pretrained({as_json(args.pretrained_prior_model_name_or_path)})
 components = {{f"prior_{{name}}": part for name, part in prior_pipeline.components.items()}}
-pipeline = AutoPipelineForText2Image.from_pretrained({as_json(base)}, **components)
+decoder = {as_json(args.pretrained_decoder_model_name_or_path)}
+pipeline = AutoPipelineForText2Image.from_pretrained(decoder, **components)
 pipeline.unet.load_lora_adapter({as_json(name)}, prefix=None, weight_name={as_json(ADAPTER)})"""
-    text = f"""`{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates of {trained}.
+    return f"""{loading}
+pipeline({prompt}).images[0].save("picture.png")"""
 
-{pictures}## Use
 
-```python
-{code}
-pipeline({as_json(prompts[0])}).images[0].save("picture.png")
-```"""
+def save_model_card(args, name, seed, steps):
+    """Write the card of the model `name`, --output_dir or a Hub id."""
+    base, source = args.pretrained_decoder_model_name_or_path, args.dataset_name or args.train_data_dir
+    tags, trained = ["kandinsky"], "its UNet"
+    if args.rank:
+        tags, trained = [*tags, "lora"], f"an adapter (LoRA, rank {args.rank}) of its UNet"
+    text = f"`{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates of {trained}."
     prior = args.pretrained_prior_model_name_or_path  # where AutoPipelineForText2Image finds the prior
     if Path(prior).exists():
         prior = None if args.push_to_hub else str(Path(prior).resolve())
-    write_model_card(args, base, name, seed, tags, text, prior=prior and [prior])
+    metadata = {"prior": prior and [prior]}
+    write_model_card(args, base, name, seed, tags, text, usage(args, name), **metadata)
 
 
 def main(args):
@@ -520,6 +520,7 @@ def main(args):
     # Every check has passed: from here on the run writes.
     repo_id = on_main_process(accelerator, prepare_hub_repository, args) if args.push_to_hub else args.hub_model_id
     on_main_process(accelerator, prepare_output_dir, args, first_step, last_step)
+    log_plan(accelerator, args, decoder_path, run, first_step, last_step, validation_period)
 
     # One stream of examples for the whole run, entered where the checkpoint left it.
     rows, preprocess, empty_embeds = prepare_rows(accelerator, args, dataset, image_processor, movq, image_encoder)
@@ -529,7 +530,6 @@ def main(args):
     batches = make_batches(accelerator, args, ExampleStream(rows, preprocess, seed), positions)
 
     # Loop.
-    logger.info(f"{len(dataset)} images, {batch_size} per step, steps {first_step} to {last_step}, seed {seed}")
     log, stop = UpdateLog(accelerator, args, run, first_step, last_step), 0
     cpu_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     with contextlib.closing(batches), noted_signals() as noted:
@@ -571,15 +571,14 @@ def main(args):
         save_result(accelerator, args, pipeline, UNet2DConditionModel.save_lora_adapter, unet=evaluated)
 
     # Validation of the result, and the model card.
-    validation_image = None
     if args.validation_prompts:
-        validation_image = log_validation(validation_pipeline, prior, evaluated, accelerator, args, seed, last_step)
+        log_validation(validation_pipeline, prior, evaluated, accelerator, args, seed, last_step)
     accelerator.end_training()
     if accelerator.is_main_process:
-        save_model_card(args, repo_id or args.output_dir, seed, last_step, validation_image)
-        logger.info(f"saved the result in {args.output_dir}" + ", no update was left" * (first_step == last_step))
+        save_model_card(args, repo_id or args.output_dir, seed, last_step)
         if args.push_to_hub:
             push_to_hub(args, repo_id)
+        log_result(args, usage(args, args.output_dir))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -695,7 +694,8 @@ def readable_rows(args, dataset):
 
     last = len(dataset) if args.skip_bad_images else min(1000, len(dataset))
     with ThreadPool() as threads:  # Pillow decodes without the GIL
-        problems = list(tqdm(threads.imap(problem, range(last), 100), "reading images", last, leave=False))
+        found = threads.imap(problem, range(last), 100)
+        problems = list(progress_bar(last, "image", desc="reading images", iterable=found, leave=False))
     for message in filter(None, problems):
         if not args.skip_bad_images:
             raise RunError(f"{message}; --skip_bad_images skips such images")
@@ -779,7 +779,7 @@ def cached_encodings(accelerator, args, dataset, settings, models, encode):
         return {"encodings": encodings}
 
     hidden = not own or not accelerator.is_main_process
-    bar = tqdm(total=sum(len(rows) for _, rows in own), desc="encoding", unit="image", disable=hidden)
+    bar = progress_bar(sum(len(rows) for _, rows in own), "image", desc="encoding", disable=hidden)
     options = {"batched": True, "batch_size": args.train_batch_size, "remove_columns": "row"}
     with visiting(accelerator, *(models if own else [])), noted_signals() as noted, ThreadPool() as threads, bar:
         for path, rows in own:
@@ -1139,10 +1139,9 @@ def end_workers():
 
 def noted_anywhere(noted, group):
     """The first signal noted by any process, or 0. group: of gloo, so that no GPU is waited for; None: one process."""
-    if group is None:
-        return noted[0][0] if noted else 0
     signum = torch.tensor(noted[0][0] if noted else 0)
-    torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group)
+    if group:
+        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group)
     return int(signum)
 
 
@@ -1259,8 +1258,9 @@ def check_schedulers(*pipelines):
 
 
 def validate(accelerator, args, model, generate, seed, step):
-    """Generate every validation prompt from fixed noise. Returns the Path of the grid on the main process."""
-    training, images = model.training, []
+    """Generate every validation prompt from fixed noise, and write the pictures as one grid and to the trackers."""
+    images = []
+    training = model.training
     model.eval()
     prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
     # Padded to equally many on each process: a sharded model needs all of them for every picture.
@@ -1275,7 +1275,7 @@ def validate(accelerator, args, model, generate, seed, step):
     model.train(training)
     images = [image for _, image in sorted(dict(gather_object(images)).items())]
     if not accelerator.is_main_process:
-        return None
+        return
     path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     with naming(f"{path} cannot be written"):
@@ -1284,7 +1284,35 @@ def validate(accelerator, args, model, generate, seed, step):
     for tracker in (tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")):
         tracker.log_images({"validation": pixels if tracker.name == "tensorboard" else images}, step=step)
     logger.info(f"validation pictures: {path}")
-    return path
+
+
+def progress_bar(total, unit, **options):
+    """A tqdm bar; where stderr is no terminal, a line in the log every half minute."""
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # in a notebook tqdm draws a bar of its own
+        line = "{desc}: {n_fmt} of {total_fmt} {unit}s{postfix}, {remaining} left"
+        log = SimpleNamespace(write=lambda text: text.strip() and logger.info(text.strip()))
+        options |= {"file": log, "bar_format": line, "mininterval": 30, "delay": 30, "miniters": 1}
+    return tqdm(total=total, unit=unit, **options)
+
+
+def log_plan(accelerator, args, model, run, first_step, last_step, validation_period):
+    """Log what the run will do. model: to start from; run: see `check_resume`; validation_period: in examples."""
+    device = f"{accelerator.num_processes} x {accelerator.device.type}, --mixed_precision {accelerator.mixed_precision}"
+    adapter = f", --rank {args.rank}" if args.rank else ""
+    epochs = (last_step - first_step) * run["batch_size"] / run["rows"]
+    steps = f"steps {first_step} to {last_step} ({epochs:.1f} epochs)" if epochs else "no update is left"
+    drawn = f"pictures every {validation_period / run['batch_size']:.0f}" if args.validation_prompts else "no pictures"
+    logger.info(f"fine-tuning {model} on {device}{adapter}")
+    logger.info(f"{run['rows']} images, {run['batch_size']} per step, {steps}, seed {run['seed']}")
+    logger.info(f"to {args.output_dir}: a checkpoint every {args.checkpointing_steps} steps, {drawn}")
+
+
+def log_result(args, code):
+    """Log where everything is, and `code`: Python that generates a picture with the result."""
+    names = [name for name in ("README.md", "validation", args.logging_dir) if Path(args.output_dir, name).exists()]
+    names = ", ".join([*names, f"{len(list_checkpoints(args.output_dir))} checkpoints"])
+    logger.info(f"saved the result in {args.output_dir}; there too: {names}")
+    tqdm.write(f"Generate a picture with it:\n\n{code}", file=sys.stderr)
 
 
 class UpdateLog:
@@ -1296,7 +1324,7 @@ class UpdateLog:
         settings = {"wandb": {"settings": {"x_disable_meta": True}}}  # else it keeps the command line, with the token
         with naming(f"--report_to {args.report_to}"):
             accelerator.init_trackers(args.tracker_project_name, recorded_arguments(args, run["seed"]), settings)
-        self.bar = tqdm(initial=first_step, total=last_step, unit="step", disable=not accelerator.is_main_process)
+        self.bar = progress_bar(last_step, "step", initial=first_step, disable=not accelerator.is_main_process)
 
     def next_batch(self, batches):
         """The next micro-batch. The first one after `flush` starts the clock; the wait is logged as "data_wait"."""
@@ -1324,7 +1352,7 @@ class UpdateLog:
             self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
             if self.nonfinite >= (20 if self.accelerator.scaler else 1):  # fp16 skips some to find its loss scale
                 raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --learning_rate")
-        self.bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{speed['examples_per_second']:.1f}")
+        self.bar.set_postfix_str(f"loss={loss:.4f}, images/s={speed['examples_per_second']:.1f}", refresh=False)
         self.updates, self.started, self.waited = [], None, 0.0
 
 
@@ -1339,15 +1367,21 @@ def as_json(value, indent=None):
     return "\n".join(map(printable, json.dumps(value, indent=indent, ensure_ascii=False).split("\n")))
 
 
-def write_model_card(args, base, name, seed, tags, text, **metadata):
-    """Write output_dir/README.md. base: what was fine-tuned; name: of the result; tags: for the Hub; text: Markdown."""
+def write_model_card(args, base, name, seed, tags, text, code, **metadata):
+    """Write output_dir/README.md. base: what was fine-tuned; name: of the result; tags: for the Hub; text: Markdown;
+    code: Python that generates a picture with the result."""
     source = args.dataset_name or args.train_data_dir
     settings = {"library_name": "diffusers", "tags": [*tags, "text-to-image", "diffusers", "diffusers-training"]}
     base_id, data_id = (None if Path(each).exists() else each for each in (base, source))  # the Hub takes no folders
     metadata = ModelCardData(base_model=base_id, datasets=data_id and [data_id], **settings, **metadata)
     title = re.sub(r"[^\w./ -]", "-", Path(name).resolve().name if Path(name).exists() else name)
     flags = as_json(recorded_arguments(args, seed), indent=2)
-    parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}", text, f"Flags of the run:\n\n```json\n{flags}\n```\n"]
+    parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}", text]
+    if args.validation_prompts:
+        newest = max(Path(args.output_dir, "validation").glob("step-*.png"))
+        prompts = as_json(args.validation_prompts, indent=2)
+        parts += [f"![validation pictures](validation/{newest.name})", f"```json\n{prompts}\n```"]
+    parts += [f"## Use\n\n```python\n{code}\n```", f"Flags of the run:\n\n```json\n{flags}\n```\n"]
     with naming(f"{args.output_dir}/README.md cannot be written"):
         Path(args.output_dir, "README.md").write_text("\n\n".join(parts), encoding="utf-8")
 
@@ -1369,7 +1403,8 @@ def push_to_hub(args, repo_id):
     for pause in (10, 60, None):  # seconds; the Hub may be unavailable at the end of days of training
         try:
             with naming("--push_to_hub"):
-                return HfApi(token=args.hub_token).upload_folder(**options)
+                HfApi(token=args.hub_token).upload_folder(**options)
+            return logger.info(f"uploaded to {repo_id}")
         except RunError as error:
             if pause is None:
                 raise RunError(f"{error}; the result is in {args.output_dir}, upload it by: {command}") from error
@@ -1379,14 +1414,19 @@ def push_to_hub(args, repo_id):
 
 def memory_error(args, error):
     """One line about an exception that means a lack of memory on the device, on the host or in /dev/shm; else None."""
-    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
+    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
         return "a data worker has ended: no memory, or no room in /dev/shm (--shm-size)? Lower --dataloader_num_workers"
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+    if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
         return None
-    calls = [call.name for call in traceback.extract_tb(error.__traceback__) if call.filename == __file__]
-    less = "a smaller batch, --gradient_checkpointing, --mixed_precision, --use_8bit_adam, --cache_encodings"
+    tasks = {"cached_encodings": "encoding images", "validate": "generating pictures", "next_batch": "reading images"}
+    calls = [call for call in traceback.extract_tb(error.__traceback__) if call.filename == __file__]
+    task = next((tasks[call.name] for call in calls if call.name in tasks), "training")
     size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"
-    return f"out of memory in {calls[-1]}, with {size}; these take less: {less}"
+    less = ["mixed_precision", "cache_encodings", "use_8bit_adam", "gradient_checkpointing", "offload_ema", "rank"]
+    less = [f"--{flag}" for flag in less if getattr(args, flag, True) in (None, False, "no")] + ["a lower --resolution"]
+    if args.train_batch_size > 1:
+        less.insert(0, "smaller batches, with more --gradient_accumulation_steps")
+    return f"out of memory while {task} ({calls[-1].line}), with {size}; less need, cheapest first: {', '.join(less)}"
 
 
 if __name__ == "__main__":

@@ -42,17 +42,22 @@ def with_workers(flags):
 
 
 def start(flags, launcher=(), **environment):
-    """Start a run in a process group of its own; `process.said()` is its stderr."""
+    """Start a run in a process group of its own, at a terminal; `process.said()` is its stderr."""
     command = [*launcher, str(SCRIPT), *command_line(flags)]
     path = Path(flags["output_dir"]).with_name("stderr")
     environment = {**os.environ, **environment}
-    with path.open("w") as stderr:
+    with forks.Terminal(path) as terminal:
         if "torch.distributed.run" in launcher:
             command = [sys.executable, *command]
-            process = subprocess.Popen(command, env=environment, stderr=stderr, start_new_session=True)
+            process = subprocess.Popen(command, env=environment, stderr=terminal, start_new_session=True)
         else:
-            process = forks.Popen(command, stderr, env=environment)
-    process.said = path.read_text
+            process = forks.Popen(command, terminal, env=environment)
+
+    def said():
+        terminal.copy()
+        return path.read_text()
+
+    process.said = said
     return process
 
 
