@@ -201,6 +201,7 @@ def parse_args(input_args=None):
 if __name__ == "__main__":
     command_line = parse_args()
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it recommends a package
 import accelerate
 import datasets
 import diffusers
@@ -797,9 +798,8 @@ def readable_rows(args, dataset):
             return f"row {row}: {error}"
 
     last = len(dataset) if args.skip_bad_images else min(1000, len(dataset))
-    with ThreadPool() as threads:  # Pillow decodes without the GIL
-        found = threads.imap(problem, range(last), 100)
-        problems = list(progress_bar(last, "image", desc="reading images", iterable=found, leave=False))
+    with ThreadPool() as pool:  # Pillow decodes without the GIL
+        problems = list(progress_bar(last, "image", pool.imap(problem, range(last), 100), desc="reading", leave=False))
     for message in filter(None, problems):
         if not args.skip_bad_images:
             raise RunError(f"{message}; --skip_bad_images skips such images")
@@ -1179,6 +1179,7 @@ def make_accelerator(args):
     for library in (datasets, diffusers, transformers):
         library.utils.logging.set_verbosity(max(logger.level, logging.WARNING))
         library.utils.logging.disable_progress_bar()
+    diffusers.models.modeling_utils.logger.addFilter(lambda record: "kept in float32" not in record.msg)  # without need
     if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys() and "RANK" not in os.environ:
         logger.warning("accelerate launch: this process trains alone; add --multi_gpu, or on CPUs use torchrun")
         if os.environ["MASTER_ADDR"] not in ("127.0.0.1", "localhost"):
@@ -1390,13 +1391,13 @@ def validate(accelerator, args, model, generate, seed, step):
     logger.info(f"validation pictures: {path}")
 
 
-def progress_bar(total, unit, **options):
+def progress_bar(total, unit, iterable=None, **options):
     """A tqdm bar; where stderr is no terminal, a line in the log every half minute."""
     if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # in a notebook tqdm draws a bar of its own
         line = "{desc}: {n_fmt} of {total_fmt} {unit}s{postfix}, {remaining} left"
         log = SimpleNamespace(write=lambda text: text.strip() and logger.info(text.strip()))
         options |= {"file": log, "bar_format": line, "mininterval": 30, "delay": 30, "miniters": 1}
-    return tqdm(total=total, unit=unit, **options)
+    return tqdm(iterable, total=total, unit=unit, **options)
 
 
 def log_plan(accelerator, args, model, run, first_step, last_step, validation_period):

@@ -1542,9 +1542,8 @@ def readable_rows(args, dataset):
             return f"row {row}: {error}"
 
     last = len(dataset) if args.skip_bad_images else min(1000, len(dataset))
-    with ThreadPool() as threads:  # Pillow decodes without the GIL
-        found = threads.imap(problem, range(last), 100)
-        problems = list(progress_bar(last, "image", desc="reading images", iterable=found, leave=False))
+    with ThreadPool() as pool:  # Pillow decodes without the GIL
+        problems = list(progress_bar(last, "image", pool.imap(problem, range(last), 100), desc="reading", leave=False))
     for message in filter(None, problems):
         if not args.skip_bad_images:
             raise RunError(f"{message}; --skip_bad_images skips such images")
@@ -2106,13 +2105,13 @@ def check_trackers(args):
             raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {package}`")
 
 
-def progress_bar(total, unit, **options):
+def progress_bar(total, unit, iterable=None, **options):
     """A tqdm bar; where stderr is no terminal, a line in the log every half minute."""
     if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # in a notebook tqdm draws a bar of its own
         line = "{desc}: {n_fmt} of {total_fmt} {unit}s{postfix}, {remaining} left"
         log = SimpleNamespace(write=lambda text: text.strip() and logger.info(text.strip()))
         options |= {"file": log, "bar_format": line, "mininterval": 30, "delay": 30, "miniters": 1}
-    return tqdm(total=total, unit=unit, **options)
+    return tqdm(iterable, total=total, unit=unit, **options)
 
 
 def log_plan(args, run, first_step, last_step, validation_period):

@@ -185,6 +185,7 @@ def parse_args(input_args=None):
 if __name__ == "__main__":
     command_line = parse_args()
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it recommends a package
 import accelerate
 import datasets
 import diffusers
@@ -688,9 +689,8 @@ def readable_rows(args, dataset):
             return f"row {row}: {error}"
 
     last = len(dataset) if args.skip_bad_images else min(1000, len(dataset))
-    with ThreadPool() as threads:  # Pillow decodes without the GIL
-        found = threads.imap(problem, range(last), 100)
-        problems = list(progress_bar(last, "image", desc="reading images", iterable=found, leave=False))
+    with ThreadPool() as pool:  # Pillow decodes without the GIL
+        problems = list(progress_bar(last, "image", pool.imap(problem, range(last), 100), desc="reading", leave=False))
     for message in filter(None, problems):
         if not args.skip_bad_images:
             raise RunError(f"{message}; --skip_bad_images skips such images")
@@ -1070,6 +1070,7 @@ def make_accelerator(args):
     for library in (datasets, diffusers, transformers):
         library.utils.logging.set_verbosity(max(logger.level, logging.WARNING))
         library.utils.logging.disable_progress_bar()
+    diffusers.models.modeling_utils.logger.addFilter(lambda record: "kept in float32" not in record.msg)  # without need
     if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys() and "RANK" not in os.environ:
         logger.warning("accelerate launch: this process trains alone; add --multi_gpu, or on CPUs use torchrun")
         if os.environ["MASTER_ADDR"] not in ("127.0.0.1", "localhost"):
@@ -1135,7 +1136,7 @@ def end_workers():
 def noted_anywhere(noted, group):
     """The first signal noted by any process, or 0. group: of gloo, so that no GPU is waited for; None: one process."""
     signum = torch.tensor(noted[0][0] if noted else 0)
-    if group:
+    if group is not None:
         torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group)
     return int(signum)
 
@@ -1281,21 +1282,21 @@ def validate(accelerator, args, model, generate, seed, step):
     logger.info(f"validation pictures: {path}")
 
 
-def progress_bar(total, unit, **options):
+def progress_bar(total, unit, iterable=None, **options):
     """A tqdm bar; where stderr is no terminal, a line in the log every half minute."""
     if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # in a notebook tqdm draws a bar of its own
         line = "{desc}: {n_fmt} of {total_fmt} {unit}s{postfix}, {remaining} left"
         log = SimpleNamespace(write=lambda text: text.strip() and logger.info(text.strip()))
         options |= {"file": log, "bar_format": line, "mininterval": 30, "delay": 30, "miniters": 1}
-    return tqdm(total=total, unit=unit, **options)
+    return tqdm(iterable, total=total, unit=unit, **options)
 
 
 def log_plan(accelerator, args, model, run, first_step, last_step, validation_period):
     """Log what the run will do. model: to start from; run: see `check_resume`; validation_period: in examples."""
     device = f"{accelerator.num_processes} x {accelerator.device.type}, --mixed_precision {accelerator.mixed_precision}"
     adapter = f", --rank {args.rank}" if args.rank else ""
-    epochs = (last_step - first_step) * run["batch_size"] / run["rows"]
-    steps = f"steps {first_step} to {last_step} ({epochs:.1f} epochs)" if epochs else "no update is left"
+    epochs = f"{(last_step - first_step) * run['batch_size'] / run['rows']:.1f} epochs"
+    steps = f"steps {first_step} to {last_step} ({epochs if last_step > first_step else 'no update is left'})"
     drawn = f"pictures every {validation_period / run['batch_size']:.0f}" if args.validation_prompts else "no pictures"
     logger.info(f"fine-tuning {model} on {device}{adapter}")
     logger.info(f"{run['rows']} images, {run['batch_size']} per step, {steps}, seed {run['seed']}")

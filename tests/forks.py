@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import tty
 
@@ -44,8 +45,9 @@ class Terminal:
 
     def __init__(self, path):
         self.reader, self.writer = os.openpty()
+        termios.tcsetwinsize(self.writer, (50, 200))  # else there is no room for a bar
         tty.setraw(self.writer)  # else it turns "\n" into "\r\n"
-        self.file = open(path, "wb", buffering=0)
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         self.lock, self.ended = threading.Lock(), False
 
     def fileno(self):
@@ -63,7 +65,7 @@ class Terminal:
         with self.lock:
             while not self.ended and select.select([self.reader], [], [], 0)[0]:
                 try:
-                    self.file.write(os.read(self.reader, 65536))
+                    os.write(self.file, os.read(self.reader, 65536))
                 except OSError:  # nothing writes to it any more
                     self.ended = True
 
@@ -72,7 +74,7 @@ class Terminal:
             select.select([self.reader], [], [])
             self.copy()
         os.close(self.reader)
-        self.file.close()
+        os.close(self.file)
 
 
 class Popen:
