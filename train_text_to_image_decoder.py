@@ -610,7 +610,7 @@ def naming(what):
     """Re-raise any exception as a RunError: `what` (str), and one line of the exception and of its root cause."""
     try:
         yield
-    except (RunError, MemoryError, torch.OutOfMemoryError):
+    except RunError:
         raise
     except Exception as error:  # libraries raise exceptions of all kinds, and wrap the informative one
         root = error
@@ -1292,7 +1292,7 @@ def progress_bar(total, unit, iterable=None, **options):
     if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # in a notebook tqdm draws a bar of its own
         line = "{desc}: {n_fmt} of {total_fmt} {unit}s{postfix}, {remaining} left"
         log = SimpleNamespace(write=lambda text: text.strip() and logger.info(text.strip()))
-        options |= {"file": log, "bar_format": line, "mininterval": 30, "delay": 30, "miniters": 1}
+        options |= {"file": log, "bar_format": line, "mininterval": 30, "delay": 30, "miniters": 1, "leave": False}
     return tqdm(iterable, total=total, unit=unit, **options)
 
 
@@ -1417,27 +1417,29 @@ def memory_error(args, error):
     """One line about an exception that means a lack of memory on the device, on the host or in /dev/shm; else None."""
     if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
         return "a data worker has ended: no memory, or no room in /dev/shm (--shm-size)? Lower --dataloader_num_workers"
-    if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+    if not re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
         return None
     tasks = {"cached_encodings": "encoding images", "validate": "generating pictures", "next_batch": "reading images"}
-    calls = [call for call in traceback.extract_tb(error.__traceback__) if call.filename == __file__]
+    calls = traceback.extract_tb((error.__cause__ or error).__traceback__)  # in `naming` it is the cause
+    calls = [call for call in calls if call.filename == __file__]
     task = next((tasks[call.name] for call in calls if call.name in tasks), "training")
+    line = calls[-1].line.partition("  #")[0]
     size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"
     less = ["mixed_precision", "cache_encodings", "use_8bit_adam", "gradient_checkpointing", "offload_ema", "rank"]
     less = [f"--{flag}" for flag in less if getattr(args, flag, True) in (None, False, "no")] + ["a lower --resolution"]
     if args.train_batch_size > 1:
         less.insert(0, "smaller batches, with more --gradient_accumulation_steps")
-    return f"out of memory while {task} ({calls[-1].line}), with {size}; less need, cheapest first: {', '.join(less)}"
+    return f"out of memory while {task} ({line}), with {size}; less need, cheapest first: {', '.join(less)}"
 
 
 if __name__ == "__main__":
     try:
         main(command_line)
     except Exception as error:
-        line = str(error).rpartition("RunError: ")[2].strip()  # a data worker puts a traceback before it
-        line = line if isinstance(error, RunError) else memory_error(command_line, error)
-        if not line:
+        line = memory_error(command_line, error)
+        if not line and not isinstance(error, RunError):
             raise
+        line = line or str(error).rpartition("RunError: ")[2].strip()  # a data worker puts a traceback before it
         tqdm.write(f"error: {printable(line)}", file=sys.stderr)
         sys.exit(1)
     finally:

@@ -2110,7 +2110,7 @@ def progress_bar(total, unit, iterable=None, **options):
     if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # in a notebook tqdm draws a bar of its own
         line = "{desc}: {n_fmt} of {total_fmt} {unit}s{postfix}, {remaining} left"
         log = SimpleNamespace(write=lambda text: text.strip() and logger.info(text.strip()))
-        options |= {"file": log, "bar_format": line, "mininterval": 30, "delay": 30, "miniters": 1}
+        options |= {"file": log, "bar_format": line, "mininterval": 30, "delay": 30, "miniters": 1, "leave": False}
     return tqdm(iterable, total=total, unit=unit, **options)
 
 
@@ -2255,14 +2255,16 @@ def push_to_hub(args, repo_id):
 def out_of_memory(args, error):
     """One line: what was being done when memory ran out, and the flags that need less, those that cost least first."""
     tasks = {"cached_encodings": "encoding images", "validate": "generating pictures", "next_batch": "reading images"}
-    calls = [call for call in traceback.extract_tb(error.__traceback__) if call.filename == __file__]
+    calls = traceback.extract_tb((error.__cause__ or error).__traceback__)  # in `naming` it is the cause
+    calls = [call for call in calls if call.filename == __file__]
     task = next((tasks[call.name] for call in calls if call.name in tasks), "training")
+    line = calls[-1].line.partition("  #")[0]
     size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"
     less = ["mixed_precision", "cache_encodings", "gradient_checkpointing", "shard_params"]
     less = [f"--{flag}" for flag in less if getattr(args, flag, True) in (None, False, "no")] + ["a lower --resolution"]
     if args.train_batch_size > 1:
         less.insert(0, "smaller batches, with more --gradient_accumulation_steps")
-    return f"out of memory while {task} ({calls[-1].line}), with {size}; less need, cheapest first: {', '.join(less)}"
+    return f"out of memory while {task} ({line}), with {size}; less need, cheapest first: {', '.join(less)}"
 
 
 if __name__ == "__main__":

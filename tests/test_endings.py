@@ -92,9 +92,9 @@ def group_of(pid):
         ("UNet2DConditionModel:forward:3:ZeroDivisionError('unforeseen')", "ZeroDivisionError: unforeseen"),
         (
             "UNet2DConditionModel:forward:3:torch.OutOfMemoryError('out of memory')",
-            "error: out of memory while training (model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample"
-            "), with --train_batch_size 2 and --resolution 32; less need, cheapest first: smaller batches, with more "
-            "--gradient_accumulation_steps, --mixed_precision, --cache_encodings, --use_8bit_adam, "
+            "error: out of memory while training (model_pred = unet(noisy_latents, timesteps, encoder_hidden_states)"
+            ".sample), with --train_batch_size 2 and --resolution 32; less need, cheapest first: smaller batches, with "
+            "more --gradient_accumulation_steps, --mixed_precision, --cache_encodings, --use_8bit_adam, "
             "--gradient_checkpointing, --offload_ema, --rank, a lower --resolution\n",
         ),
         ("StableDiffusionPipeline:__call__:1:ValueError('from a library')", "ValueError: from a library"),

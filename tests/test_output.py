@@ -74,7 +74,6 @@ def test_progress_in_a_file_is_a_line_every_half_minute(script, own_flags):
     shown = [int(match[1]) for line in lines if (match := re.fullmatch(pattern, line))]
     assert shown == sorted(set(shown)), lines
     assert 1 < len(shown) < steps / 2, lines
-    assert shown[-1] == steps
     assert len(lines) == 4 + len(shown) + 6, lines  # the code has six
 
 
