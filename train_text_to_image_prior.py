@@ -1431,6 +1431,7 @@ if __name__ == "__main__":
     try:
         main(command_line)
     except Exception as error:
+        end_workers()  # first: torch's handler raises for one that has died, also in what follows
         line = memory_error(command_line, error)
         if not line and not isinstance(error, RunError):
             raise
