@@ -52,6 +52,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import warnings
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -587,7 +588,8 @@ def main(args):
 # ----------------------------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
-PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks
+PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks; twice as much is an error
+warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
 fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
 LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -640,12 +642,12 @@ def load_train_dataset(args, flags, seed):
             raise RunError(f"--{flag} {column}: no such column in {found}; for captions of a folder see check_data.py")
         feature = dataset.features[column]
         is_list = isinstance(feature, datasets.List)
-        with naming(f"--{flag} {column}: holds {feature}"):
+        with naming(f"--{flag} {column}: holds {feature}, which cannot be used"):
             if flag == "image_column":
                 dataset = place_images(args, dataset, columns)
             elif getattr(feature.feature if is_list else feature, "dtype", None) not in ("string", "large_string"):
-                change = {"feature": datasets.Value("string")} if is_list else {"dtype": "string"}  # numbers
-                dataset = dataset.cast_column(column, dataclasses.replace(feature, **change))
+                text = dataclasses.replace(feature.feature if is_list else feature, dtype="string")  # of numbers
+                dataset = dataset.cast_column(column, dataclasses.replace(feature, feature=text) if is_list else text)
         values = dataset.data.column(column)
         empty = [not row or None in row for row in values.to_pylist()] if is_list else values.is_null().to_pylist()
         if True in empty:
@@ -675,13 +677,22 @@ def place_images(args, dataset, columns):
     if paths != named.to_pylist():
         dataset = datasets.Dataset.from_dict(dataset.to_dict() | {column: paths}, dataset.features)
     if columns[1:] and set(found) <= {"image", "label"}:  # no metadata
-        texts = [datasets.utils.file_utils.xPath(path).with_suffix(".txt") for path in paths]
-        captions = [text.read_bytes().decode("utf-8-sig") if text.exists() else None for text in texts]
+        captions = [read_caption(path) for path in paths]
         dataset = dataset.add_column(columns[1], captions) if any(captions) else dataset
-    rows = [row for row, path in enumerate(paths) if args.dataset_name or not LEFT_OUT.search(path.replace(folder, ""))]
-    if left_out := sorted(set(images).difference(paths[row] for row in rows)):
-        logger.warning(f"left out {len(left_out)} images, for tests or without metadata: {', '.join(left_out[:3])} ...")
+    left_out = re.compile(r"\.(txt|json)::", re.IGNORECASE) if args.dataset_name else LEFT_OUT
+    rows = [row for row, path in enumerate(paths) if not left_out.search(path.replace(folder, ""))]
+    if others := sorted(set(images).difference(paths[row] for row in rows)):
+        logger.warning(f"left out {len(others)} images, for tests or without metadata: {', '.join(others[:3])} ...")
     return dataset.select(rows).flatten_indices() if len(rows) < len(paths) else dataset
+
+
+def read_caption(path):
+    """The text of the .txt file beside an image, or None. Raises RunError."""
+    text = datasets.utils.file_utils.xPath(path).with_suffix(".txt")
+    try:
+        return text.read_bytes().decode("utf-8-sig") if text.exists() else None
+    except ValueError as error:
+        raise RunError(f"{text} is not UTF-8: {error}") from error
 
 
 def readable_rows(args, dataset):
@@ -718,7 +729,8 @@ def read_image(value, row="(unnamed)"):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        raise RunError(f"image {value['path'] or row} cannot be read: {error}") from error
+        reason = str(error).partition(", could be")[0]  # Pillow goes on about attacks
+        raise RunError(f"image {value['path'] or row} cannot be read: {reason}") from error
 
 
 def random_generator(seed, *key):
@@ -867,6 +879,8 @@ def find_start(accelerator, args):
         raise RunError(f"--resume_from_checkpoint {wanted}: there is no complete checkpoint in {output_dir}")
     if wanted and not checkpoint:
         logger.warning(f"--resume_from_checkpoint: no checkpoint in {output_dir}, starting at step 0")
+    if "architecture" in state:
+        raise RunError(f"--resume_from_checkpoint {checkpoint}: is of the JAX script")
     now = recorded_arguments(args, 0)
     before = state.get("arguments", now)
     if args.use_ema > before["use_ema"] or args.use_8bit_adam != before["use_8bit_adam"]:
@@ -1415,7 +1429,7 @@ def push_to_hub(args, repo_id):
 
 def memory_error(args, error):
     """One line about an exception that means a lack of memory on the device, on the host or in /dev/shm; else None."""
-    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker (pid" in str(error):
+    if isinstance(error, (ConnectionError, EOFError)) or re.search(r"worker \(pid|shared memory|</torch_", str(error)):
         return "a data worker has ended: no memory, or no room in /dev/shm (--shm-size)? Lower --dataloader_num_workers"
     if not re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
         return None

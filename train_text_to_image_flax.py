@@ -54,6 +54,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -1438,7 +1439,8 @@ def save_result(args, folder, unet_folder, index, model, params, prediction_type
 
 
 logger = logging.getLogger(__name__)
-PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks
+PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks; twice as much is an error
+warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
 fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
 LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
 CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
@@ -1488,12 +1490,12 @@ def load_train_dataset(args, flags, seed):
             raise RunError(f"--{flag} {column}: no such column in {found}; for captions of a folder see check_data.py")
         feature = dataset.features[column]
         is_list = isinstance(feature, datasets.List)
-        with naming(f"--{flag} {column}: holds {feature}"):
+        with naming(f"--{flag} {column}: holds {feature}, which cannot be used"):
             if flag == "image_column":
                 dataset = place_images(args, dataset, columns)
             elif getattr(feature.feature if is_list else feature, "dtype", None) not in ("string", "large_string"):
-                change = {"feature": datasets.Value("string")} if is_list else {"dtype": "string"}  # numbers
-                dataset = dataset.cast_column(column, dataclasses.replace(feature, **change))
+                text = dataclasses.replace(feature.feature if is_list else feature, dtype="string")  # of numbers
+                dataset = dataset.cast_column(column, dataclasses.replace(feature, feature=text) if is_list else text)
         values = dataset.data.column(column)
         empty = [not row or None in row for row in values.to_pylist()] if is_list else values.is_null().to_pylist()
         if True in empty:
@@ -1523,13 +1525,22 @@ def place_images(args, dataset, columns):
     if paths != named.to_pylist():
         dataset = datasets.Dataset.from_dict(dataset.to_dict() | {column: paths}, dataset.features)
     if columns[1:] and set(found) <= {"image", "label"}:  # no metadata
-        texts = [datasets.utils.file_utils.xPath(path).with_suffix(".txt") for path in paths]
-        captions = [text.read_bytes().decode("utf-8-sig") if text.exists() else None for text in texts]
+        captions = [read_caption(path) for path in paths]
         dataset = dataset.add_column(columns[1], captions) if any(captions) else dataset
-    rows = [row for row, path in enumerate(paths) if args.dataset_name or not LEFT_OUT.search(path.replace(folder, ""))]
-    if left_out := sorted(set(images).difference(paths[row] for row in rows)):
-        logger.warning(f"left out {len(left_out)} images, for tests or without metadata: {', '.join(left_out[:3])} ...")
+    left_out = re.compile(r"\.(txt|json)::", re.IGNORECASE) if args.dataset_name else LEFT_OUT
+    rows = [row for row, path in enumerate(paths) if not left_out.search(path.replace(folder, ""))]
+    if others := sorted(set(images).difference(paths[row] for row in rows)):
+        logger.warning(f"left out {len(others)} images, for tests or without metadata: {', '.join(others[:3])} ...")
     return dataset.select(rows).flatten_indices() if len(rows) < len(paths) else dataset
+
+
+def read_caption(path):
+    """The text of the .txt file beside an image, or None. Raises RunError."""
+    text = datasets.utils.file_utils.xPath(path).with_suffix(".txt")
+    try:
+        return text.read_bytes().decode("utf-8-sig") if text.exists() else None
+    except ValueError as error:
+        raise RunError(f"{text} is not UTF-8: {error}") from error
 
 
 def readable_rows(args, dataset):
@@ -1566,7 +1577,8 @@ def read_image(value, row="(unnamed)"):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        raise RunError(f"image {value['path'] or row} cannot be read: {error}") from error
+        reason = str(error).partition(", could be")[0]  # Pillow goes on about attacks
+        raise RunError(f"image {value['path'] or row} cannot be read: {reason}") from error
 
 
 def random_generator(seed, *key):

@@ -1,6 +1,7 @@
 """However a run ends, its data workers end with it, its status says so, and what a user can mend is one line."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -117,6 +118,23 @@ def test_a_killed_data_worker_ends_the_run(with_workers):
     assert status == 1
     assert "error: a data worker has ended" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.skipif(subprocess.call(["unshare", "-m", "true"]) != 0, reason="needs the right to mount a file system")
+def test_a_full_shared_memory_ends_the_run(with_workers):
+    """One of 2 MB, and batches of 6 MB."""
+    flags = {**with_workers, "resolution": 512, "train_batch_size": 8}
+    mount = "mount -t tmpfs -o size=2m tmpfs /dev/shm && exec "
+    command = mount + shlex.join([sys.executable, str(SCRIPT), *command_line(flags)])
+    result = subprocess.run(["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: a data worker has ended: no memory, or no room in /dev/shm"
+    )
+    assert "Traceback" not in result.stderr
+    assert str(flags["output_dir"]) not in "".join(
+        " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])
+    )
 
 
 def test_a_second_signal_leaves_no_data_worker(with_workers):
