@@ -147,6 +147,13 @@ def test_a_checkpoint_of_the_pytorch_script_is_refused_as_such_in_jax(trained):
     assert line == f"--resume_from_checkpoint {checkpoint}: is of a PyTorch script"
 
 
+@pytest.mark.parametrize("script", [SD, PRIOR])
+def test_a_checkpoint_of_the_jax_script_is_refused_as_such_in_pytorch(script, flags, trained):
+    checkpoint = trained(FLAX)["output_dir"] / "checkpoint-1"
+    line = refusal({**flags, "resume_from_checkpoint": checkpoint}, script)
+    assert line == f"--resume_from_checkpoint {checkpoint}: is of the JAX script"
+
+
 @all_scripts
 def test_a_resume_with_no_update_left_says_so_and_saves_the_result(script, trained, tmp_path, capsys):
     before = trained(script)
