@@ -202,6 +202,7 @@ import safetensors.numpy
 from absl import logging as absl_logging
 from flax import nnx
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from huggingface_hub.utils import disable_progress_bars
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
@@ -1440,7 +1441,7 @@ def save_result(args, folder, unet_folder, index, model, params, prediction_type
 
 logger = logging.getLogger(__name__)
 PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks; twice as much is an error
-warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module="PIL|accelerate|datasets|diffusers|huggingface_hub|peft|transformers")
 fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
 LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
 CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
@@ -1911,6 +1912,8 @@ def set_up_logging():
     logger.handlers, logger.propagate = [above_bar], False
     logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
     datasets.disable_progress_bars()
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # of the Hub
     datasets.utils.logging.set_verbosity(max(logger.level, logging.WARNING))
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs every error that it raises, over pages
     # Of writes that fail, Orbax raises the first; asyncio would report the others one by one, also after its end.
