@@ -20,6 +20,7 @@ import re
 import signal
 import sys
 import unicodedata
+import warnings
 from collections import defaultdict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -63,7 +64,8 @@ from tqdm.auto import tqdm
 # Of the training scripts ----------------------------------------------------------------------------------------------
 logger = logging.getLogger(__name__)
 logger.disabled = True  # the report says it
-PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks
+PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks; twice as much is an error
+warnings.filterwarnings("ignore", module="PIL|accelerate|datasets|diffusers|huggingface_hub|peft|transformers")
 fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
 LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
 
@@ -87,13 +89,22 @@ def place_images(args, dataset, columns):
     if paths != named.to_pylist():
         dataset = datasets.Dataset.from_dict(dataset.to_dict() | {column: paths}, dataset.features)
     if columns[1:] and set(found) <= {"image", "label"}:  # no metadata
-        texts = [datasets.utils.file_utils.xPath(path).with_suffix(".txt") for path in paths]
-        captions = [text.read_bytes().decode("utf-8-sig") if text.exists() else None for text in texts]
+        captions = [read_caption(path) for path in paths]
         dataset = dataset.add_column(columns[1], captions) if any(captions) else dataset
-    rows = [row for row, path in enumerate(paths) if args.dataset_name or not LEFT_OUT.search(path.replace(folder, ""))]
-    if left_out := sorted(set(images).difference(paths[row] for row in rows)):
-        logger.warning(f"left out {len(left_out)} images, for tests or without metadata: {', '.join(left_out[:3])} ...")
+    left_out = re.compile(r"\.(txt|json)::", re.IGNORECASE) if args.dataset_name else LEFT_OUT
+    rows = [row for row, path in enumerate(paths) if not left_out.search(path.replace(folder, ""))]
+    if others := sorted(set(images).difference(paths[row] for row in rows)):
+        logger.warning(f"left out {len(others)} images, for tests or without metadata: {', '.join(others[:3])} ...")
     return dataset.select(rows).flatten_indices() if len(rows) < len(paths) else dataset
+
+
+def read_caption(path):
+    """The text of the .txt file beside an image, or None. Raises RunError."""
+    text = datasets.utils.file_utils.xPath(path).with_suffix(".txt")
+    try:
+        return text.read_bytes().decode("utf-8-sig") if text.exists() else None
+    except ValueError as error:
+        raise RunError(f"{text} is not UTF-8: {error}") from error
 
 
 def read_image(value, row="(unnamed)"):
@@ -109,7 +120,8 @@ def read_image(value, row="(unnamed)"):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        raise RunError(f"image {value['path'] or row} cannot be read: {error}") from error
+        reason = str(error).partition(", could be")[0]  # Pillow goes on about attacks
+        raise RunError(f"image {value['path'] or row} cannot be read: {reason}") from error
 
 
 # The check ------------------------------------------------------------------------------------------------------------
@@ -122,15 +134,6 @@ def images_in(folder):
     return sorted(path for path in files if path.partition("::")[0].lower().endswith(endings))
 
 
-def read_caption(path):
-    """The caption in the .txt file beside an image, or None. Raises RunError."""
-    try:
-        text = datasets.utils.file_utils.xPath(path).with_suffix(".txt")
-        return " ".join(text.read_bytes().decode("utf-8-sig").split()) if text.exists() else None
-    except (OSError, ValueError) as error:
-        raise RunError(f"{text} is not UTF-8: {error}") from error
-
-
 def write_metadata(args):
     """Write metadata.jsonl: captions are in .txt files beside the images, or else the names of their folders."""
     folder, rows = os.path.abspath(args.train_data_dir), []
@@ -141,7 +144,7 @@ def write_metadata(args):
         name, caption = Path(path).relative_to(folder), read_caption(path)
         if caption is None and not name.parent.name:
             raise RunError(f"--write_metadata: {path}: has no .txt file, and no folder of its kind")
-        caption = name.parent.name.replace("_", " ") if caption is None else caption
+        caption = name.parent.name.replace("_", " ") if caption is None else " ".join(caption.split())
         rows.append({"file_name": name.as_posix(), args.caption_column: caption})
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     Path(folder, "metadata.jsonl").write_bytes(lines.encode())

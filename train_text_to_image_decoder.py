@@ -52,9 +52,11 @@ import threading
 import time
 import traceback
 import unicodedata
+import warnings
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
@@ -185,6 +187,7 @@ def parse_args(input_args=None):
 if __name__ == "__main__":
     command_line = parse_args()
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it recommends a package
 import accelerate
 import datasets
 import diffusers
@@ -396,7 +399,7 @@ def prepare_rows(accelerator, args, dataset, image_processor, movq, image_encode
 
 
 def log_validation(pipeline, prior, unet, accelerator, args, seed, step):
-    """Generate a picture of each validation prompt, on every process. Returns the Path of the grid on the main one."""
+    """Generate a picture of each validation prompt. To be called by every process."""
     pipeline.unet = accelerator.unwrap_model(unet)
     pipeline.set_progress_bar_config(disable=True)
     prior.set_progress_bar_config(disable=True)
@@ -407,40 +410,39 @@ def log_validation(pipeline, prior, unet, accelerator, args, seed, step):
         return pipeline(**embeds, num_inference_steps=20, generator=generator, **size).images[0]
 
     with visiting(accelerator, prior.prior, prior.text_encoder, prior.image_encoder, pipeline.movq):
-        return validate(accelerator, args, pipeline.unet, generate, seed, step)
+        validate(accelerator, args, pipeline.unet, generate, seed, step)
 
 
-def save_model_card(args, name, seed, steps, validation_image):
-    """Write the card of the model `name`, --output_dir or a Hub id. validation_image: the last grid's Path, or None."""
-    base, source = args.pretrained_decoder_model_name_or_path, args.dataset_name or args.train_data_dir
-    prompts, pictures = args.validation_prompts or ["a prompt"], ""
-    if validation_image:
-        prompt_list = as_json(prompts, indent=2)
-        pictures = f"![validation pictures](validation/{validation_image.name})\n\n```json\n{prompt_list}\n```\n\n"
-    tags, trained = ["kandinsky"], "its UNet"
-    code = f"""from diffusers import AutoPipelineForText2Image
+def usage(args, name):
+    """Python code that generates a picture with the result, by its `name`: --output_dir or a Hub id."""
+    prompt = as_json((args.validation_prompts or ["a prompt"])[0])
+    loading = f"""from diffusers import AutoPipelineForText2Image
 
 pipeline = AutoPipelineForText2Image.from_pretrained({as_json(name)})"""
     if args.rank:
-        tags, trained = [*tags, "lora"], f"an adapter (LoRA, rank {args.rank}) of its UNet"
-        code = f"""from diffusers import AutoPipelineForText2Image, DiffusionPipeline
+        loading = f"""from diffusers import AutoPipelineForText2Image, DiffusionPipeline
 
 prior_pipeline = DiffusionPipeline.from_pretrained({as_json(args.pretrained_prior_model_name_or_path)})
 components = {{f"prior_{{name}}": part for name, part in prior_pipeline.components.items()}}
-pipeline = AutoPipelineForText2Image.from_pretrained({as_json(base)}, **components)
+decoder = {as_json(args.pretrained_decoder_model_name_or_path)}
+pipeline = AutoPipelineForText2Image.from_pretrained(decoder, **components)
 pipeline.unet.load_lora_adapter({as_json(name)}, prefix=None, weight_name={as_json(ADAPTER)})"""
-    text = f"""`{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates of {trained}.
+    return f"""{loading}
+pipeline({prompt}).images[0].save("picture.png")"""
 
-{pictures}## Use
 
-```python
-{code}
-pipeline({as_json(prompts[0])}).images[0].save("picture.png")
-```"""
+def save_model_card(args, name, seed, steps):
+    """Write the card of the model `name`, --output_dir or a Hub id."""
+    base, source = args.pretrained_decoder_model_name_or_path, args.dataset_name or args.train_data_dir
+    tags, trained = ["kandinsky"], "its UNet"
+    if args.rank:
+        tags, trained = [*tags, "lora"], f"an adapter (LoRA, rank {args.rank}) of its UNet"
+    text = f"`{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates of {trained}."
     prior = args.pretrained_prior_model_name_or_path  # where AutoPipelineForText2Image finds the prior
     if Path(prior).exists():
         prior = None if args.push_to_hub else str(Path(prior).resolve())
-    write_model_card(args, base, name, seed, tags, text, prior=prior and [prior])
+    metadata = {"prior": prior and [prior]}
+    write_model_card(args, base, name, seed, tags, text, usage(args, name), **metadata)
 
 
 def main(args):
@@ -520,6 +522,7 @@ def main(args):
     # Every check has passed: from here on the run writes.
     repo_id = on_main_process(accelerator, prepare_hub_repository, args) if args.push_to_hub else args.hub_model_id
     on_main_process(accelerator, prepare_output_dir, args, first_step, last_step)
+    log_plan(accelerator, args, decoder_path, run, first_step, last_step, validation_period)
 
     # One stream of examples for the whole run, entered where the checkpoint left it.
     rows, preprocess, empty_embeds = prepare_rows(accelerator, args, dataset, image_processor, movq, image_encoder)
@@ -529,7 +532,6 @@ def main(args):
     batches = make_batches(accelerator, args, ExampleStream(rows, preprocess, seed), positions)
 
     # Loop.
-    logger.info(f"{len(dataset)} images, {batch_size} per step, steps {first_step} to {last_step}, seed {seed}")
     log, stop = UpdateLog(accelerator, args, run, first_step, last_step), 0
     cpu_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     with contextlib.closing(batches), noted_signals() as noted:
@@ -571,15 +573,14 @@ def main(args):
         save_result(accelerator, args, pipeline, UNet2DConditionModel.save_lora_adapter, unet=evaluated)
 
     # Validation of the result, and the model card.
-    validation_image = None
     if args.validation_prompts:
-        validation_image = log_validation(validation_pipeline, prior, evaluated, accelerator, args, seed, last_step)
+        log_validation(validation_pipeline, prior, evaluated, accelerator, args, seed, last_step)
     accelerator.end_training()
     if accelerator.is_main_process:
-        save_model_card(args, repo_id or args.output_dir, seed, last_step, validation_image)
-        logger.info(f"saved the result in {args.output_dir}" + ", no update was left" * (first_step == last_step))
+        save_model_card(args, repo_id or args.output_dir, seed, last_step)
         if args.push_to_hub:
             push_to_hub(args, repo_id)
+        log_result(args, usage(args, args.output_dir))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -587,7 +588,8 @@ def main(args):
 # ----------------------------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
-PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks
+PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks; twice as much is an error
+warnings.filterwarnings("ignore", module="PIL|accelerate|datasets|diffusers|huggingface_hub|peft|transformers")
 fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
 LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
@@ -610,7 +612,7 @@ def naming(what):
     """Re-raise any exception as a RunError: `what` (str), and one line of the exception and of its root cause."""
     try:
         yield
-    except (RunError, MemoryError, torch.OutOfMemoryError):
+    except RunError:
         raise
     except Exception as error:  # libraries raise exceptions of all kinds, and wrap the informative one
         root = error
@@ -640,12 +642,12 @@ def load_train_dataset(args, flags, seed):
             raise RunError(f"--{flag} {column}: no such column in {found}; for captions of a folder see check_data.py")
         feature = dataset.features[column]
         is_list = isinstance(feature, datasets.List)
-        with naming(f"--{flag} {column}: holds {feature}"):
+        with naming(f"--{flag} {column}: holds {feature}, which cannot be used"):
             if flag == "image_column":
                 dataset = place_images(args, dataset, columns)
             elif getattr(feature.feature if is_list else feature, "dtype", None) not in ("string", "large_string"):
-                change = {"feature": datasets.Value("string")} if is_list else {"dtype": "string"}  # numbers
-                dataset = dataset.cast_column(column, dataclasses.replace(feature, **change))
+                text = dataclasses.replace(feature.feature if is_list else feature, dtype="string")  # of numbers
+                dataset = dataset.cast_column(column, dataclasses.replace(feature, feature=text) if is_list else text)
         values = dataset.data.column(column)
         empty = [not row or None in row for row in values.to_pylist()] if is_list else values.is_null().to_pylist()
         if True in empty:
@@ -675,13 +677,22 @@ def place_images(args, dataset, columns):
     if paths != named.to_pylist():
         dataset = datasets.Dataset.from_dict(dataset.to_dict() | {column: paths}, dataset.features)
     if columns[1:] and set(found) <= {"image", "label"}:  # no metadata
-        texts = [datasets.utils.file_utils.xPath(path).with_suffix(".txt") for path in paths]
-        captions = [text.read_bytes().decode("utf-8-sig") if text.exists() else None for text in texts]
+        captions = [read_caption(path) for path in paths]
         dataset = dataset.add_column(columns[1], captions) if any(captions) else dataset
-    rows = [row for row, path in enumerate(paths) if args.dataset_name or not LEFT_OUT.search(path.replace(folder, ""))]
-    if left_out := sorted(set(images).difference(paths[row] for row in rows)):
-        logger.warning(f"left out {len(left_out)} images, for tests or without metadata: {', '.join(left_out[:3])} ...")
+    left_out = re.compile(r"\.(txt|json)::", re.IGNORECASE) if args.dataset_name else LEFT_OUT
+    rows = [row for row, path in enumerate(paths) if not left_out.search(path.replace(folder, ""))]
+    if others := sorted(set(images).difference(paths[row] for row in rows)):
+        logger.warning(f"left out {len(others)} images, for tests or without metadata: {', '.join(others[:3])} ...")
     return dataset.select(rows).flatten_indices() if len(rows) < len(paths) else dataset
+
+
+def read_caption(path):
+    """The text of the .txt file beside an image, or None. Raises RunError."""
+    text = datasets.utils.file_utils.xPath(path).with_suffix(".txt")
+    try:
+        return text.read_bytes().decode("utf-8-sig") if text.exists() else None
+    except ValueError as error:
+        raise RunError(f"{text} is not UTF-8: {error}") from error
 
 
 def readable_rows(args, dataset):
@@ -694,8 +705,8 @@ def readable_rows(args, dataset):
             return f"row {row}: {error}"
 
     last = len(dataset) if args.skip_bad_images else min(1000, len(dataset))
-    with ThreadPool() as threads:  # Pillow decodes without the GIL
-        problems = list(tqdm(threads.imap(problem, range(last), 100), "reading images", last, leave=False))
+    with ThreadPool() as pool:  # Pillow decodes without the GIL
+        problems = list(progress_bar(last, "image", pool.imap(problem, range(last), 100), desc="reading", leave=False))
     for message in filter(None, problems):
         if not args.skip_bad_images:
             raise RunError(f"{message}; --skip_bad_images skips such images")
@@ -718,7 +729,8 @@ def read_image(value, row="(unnamed)"):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        raise RunError(f"image {value['path'] or row} cannot be read: {error}") from error
+        reason = str(error).partition(", could be")[0]  # Pillow goes on about attacks
+        raise RunError(f"image {value['path'] or row} cannot be read: {reason}") from error
 
 
 def random_generator(seed, *key):
@@ -779,7 +791,7 @@ def cached_encodings(accelerator, args, dataset, settings, models, encode):
         return {"encodings": encodings}
 
     hidden = not own or not accelerator.is_main_process
-    bar = tqdm(total=sum(len(rows) for _, rows in own), desc="encoding", unit="image", disable=hidden)
+    bar = progress_bar(sum(len(rows) for _, rows in own), "image", desc="encoding", disable=hidden)
     options = {"batched": True, "batch_size": args.train_batch_size, "remove_columns": "row"}
     with visiting(accelerator, *(models if own else [])), noted_signals() as noted, ThreadPool() as threads, bar:
         for path, rows in own:
@@ -867,6 +879,8 @@ def find_start(accelerator, args):
         raise RunError(f"--resume_from_checkpoint {wanted}: there is no complete checkpoint in {output_dir}")
     if wanted and not checkpoint:
         logger.warning(f"--resume_from_checkpoint: no checkpoint in {output_dir}, starting at step 0")
+    if "architecture" in state:
+        raise RunError(f"--resume_from_checkpoint {checkpoint}: is of the JAX script")
     now = recorded_arguments(args, 0)
     before = state.get("arguments", now)
     if args.use_ema > before["use_ema"] or args.use_8bit_adam != before["use_8bit_adam"]:
@@ -1075,6 +1089,7 @@ def make_accelerator(args):
     for library in (datasets, diffusers, transformers):
         library.utils.logging.set_verbosity(max(logger.level, logging.WARNING))
         library.utils.logging.disable_progress_bar()
+    diffusers.models.modeling_utils.logger.addFilter(lambda record: "kept in float32" not in record.msg)  # without need
     if {"MASTER_ADDR", "ACCELERATE_MIXED_PRECISION"} <= os.environ.keys() and "RANK" not in os.environ:
         logger.warning("accelerate launch: this process trains alone; add --multi_gpu, or on CPUs use torchrun")
         if os.environ["MASTER_ADDR"] not in ("127.0.0.1", "localhost"):
@@ -1139,10 +1154,9 @@ def end_workers():
 
 def noted_anywhere(noted, group):
     """The first signal noted by any process, or 0. group: of gloo, so that no GPU is waited for; None: one process."""
-    if group is None:
-        return noted[0][0] if noted else 0
     signum = torch.tensor(noted[0][0] if noted else 0)
-    torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group)
+    if group is not None:
+        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group)
     return int(signum)
 
 
@@ -1259,8 +1273,9 @@ def check_schedulers(*pipelines):
 
 
 def validate(accelerator, args, model, generate, seed, step):
-    """Generate every validation prompt from fixed noise. Returns the Path of the grid on the main process."""
-    training, images = model.training, []
+    """Generate every validation prompt from fixed noise, and write the pictures as one grid and to the trackers."""
+    images = []
+    training = model.training
     model.eval()
     prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
     # Padded to equally many on each process: a sharded model needs all of them for every picture.
@@ -1275,7 +1290,7 @@ def validate(accelerator, args, model, generate, seed, step):
     model.train(training)
     images = [image for _, image in sorted(dict(gather_object(images)).items())]
     if not accelerator.is_main_process:
-        return None
+        return
     path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     with naming(f"{path} cannot be written"):
@@ -1284,7 +1299,35 @@ def validate(accelerator, args, model, generate, seed, step):
     for tracker in (tracker for tracker in accelerator.trackers if hasattr(tracker, "log_images")):
         tracker.log_images({"validation": pixels if tracker.name == "tensorboard" else images}, step=step)
     logger.info(f"validation pictures: {path}")
-    return path
+
+
+def progress_bar(total, unit, iterable=None, **options):
+    """A tqdm bar; where stderr is no terminal, a line in the log every half minute."""
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # in a notebook tqdm draws a bar of its own
+        line = "{desc}: {n_fmt} of {total_fmt} {unit}s{postfix}, {remaining} left"
+        log = SimpleNamespace(write=lambda text: text.strip() and logger.info(text.strip()))
+        options |= {"file": log, "bar_format": line, "mininterval": 30, "delay": 30, "miniters": 1, "leave": False}
+    return tqdm(iterable, total=total, unit=unit, **options)
+
+
+def log_plan(accelerator, args, model, run, first_step, last_step, validation_period):
+    """Log what the run will do. model: to start from; run: see `check_resume`; validation_period: in examples."""
+    device = f"{accelerator.num_processes} x {accelerator.device.type}, --mixed_precision {accelerator.mixed_precision}"
+    adapter = f", --rank {args.rank}" if args.rank else ""
+    epochs = f"{(last_step - first_step) * run['batch_size'] / run['rows']:.1f} epochs"
+    steps = f"steps {first_step} to {last_step} ({epochs if last_step > first_step else 'no update is left'})"
+    drawn = f"pictures every {validation_period / run['batch_size']:.0f}" if args.validation_prompts else "no pictures"
+    logger.info(f"fine-tuning {model} on {device}{adapter}")
+    logger.info(f"{run['rows']} images, {run['batch_size']} per step, {steps}, seed {run['seed']}")
+    logger.info(f"to {args.output_dir}: a checkpoint every {args.checkpointing_steps} steps, {drawn}")
+
+
+def log_result(args, code):
+    """Log where everything is, and `code`: Python that generates a picture with the result."""
+    names = [name for name in ("README.md", "validation", args.logging_dir) if Path(args.output_dir, name).exists()]
+    names = ", ".join([*names, f"{len(list_checkpoints(args.output_dir))} checkpoints"])
+    logger.info(f"saved the result in {args.output_dir}; there too: {names}")
+    tqdm.write(f"Generate a picture with it:\n\n{code}", file=sys.stderr)
 
 
 class UpdateLog:
@@ -1296,7 +1339,7 @@ class UpdateLog:
         settings = {"wandb": {"settings": {"x_disable_meta": True}}}  # else it keeps the command line, with the token
         with naming(f"--report_to {args.report_to}"):
             accelerator.init_trackers(args.tracker_project_name, recorded_arguments(args, run["seed"]), settings)
-        self.bar = tqdm(initial=first_step, total=last_step, unit="step", disable=not accelerator.is_main_process)
+        self.bar = progress_bar(last_step, "step", initial=first_step, disable=not accelerator.is_main_process)
 
     def next_batch(self, batches):
         """The next micro-batch. The first one after `flush` starts the clock; the wait is logged as "data_wait"."""
@@ -1324,7 +1367,7 @@ class UpdateLog:
             self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
             if self.nonfinite >= (20 if self.accelerator.scaler else 1):  # fp16 skips some to find its loss scale
                 raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --learning_rate")
-        self.bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{speed['examples_per_second']:.1f}")
+        self.bar.set_postfix_str(f"loss={loss:.4f}, images/s={speed['examples_per_second']:.1f}", refresh=False)
         self.updates, self.started, self.waited = [], None, 0.0
 
 
@@ -1339,15 +1382,21 @@ def as_json(value, indent=None):
     return "\n".join(map(printable, json.dumps(value, indent=indent, ensure_ascii=False).split("\n")))
 
 
-def write_model_card(args, base, name, seed, tags, text, **metadata):
-    """Write output_dir/README.md. base: what was fine-tuned; name: of the result; tags: for the Hub; text: Markdown."""
+def write_model_card(args, base, name, seed, tags, text, code, **metadata):
+    """Write output_dir/README.md. base: what was fine-tuned; name: of the result; tags: for the Hub; text: Markdown;
+    code: Python that generates a picture with the result."""
     source = args.dataset_name or args.train_data_dir
     settings = {"library_name": "diffusers", "tags": [*tags, "text-to-image", "diffusers", "diffusers-training"]}
     base_id, data_id = (None if Path(each).exists() else each for each in (base, source))  # the Hub takes no folders
     metadata = ModelCardData(base_model=base_id, datasets=data_id and [data_id], **settings, **metadata)
     title = re.sub(r"[^\w./ -]", "-", Path(name).resolve().name if Path(name).exists() else name)
     flags = as_json(recorded_arguments(args, seed), indent=2)
-    parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}", text, f"Flags of the run:\n\n```json\n{flags}\n```\n"]
+    parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}", text]
+    if args.validation_prompts:
+        newest = max(Path(args.output_dir, "validation").glob("step-*.png"))
+        prompts = as_json(args.validation_prompts, indent=2)
+        parts += [f"![validation pictures](validation/{newest.name})", f"```json\n{prompts}\n```"]
+    parts += [f"## Use\n\n```python\n{code}\n```", f"Flags of the run:\n\n```json\n{flags}\n```\n"]
     with naming(f"{args.output_dir}/README.md cannot be written"):
         Path(args.output_dir, "README.md").write_text("\n\n".join(parts), encoding="utf-8")
 
@@ -1369,7 +1418,8 @@ def push_to_hub(args, repo_id):
     for pause in (10, 60, None):  # seconds; the Hub may be unavailable at the end of days of training
         try:
             with naming("--push_to_hub"):
-                return HfApi(token=args.hub_token).upload_folder(**options)
+                HfApi(token=args.hub_token).upload_folder(**options)
+            return logger.info(f"uploaded to {repo_id}")
         except RunError as error:
             if pause is None:
                 raise RunError(f"{error}; the result is in {args.output_dir}, upload it by: {command}") from error
@@ -1379,24 +1429,32 @@ def push_to_hub(args, repo_id):
 
 def memory_error(args, error):
     """One line about an exception that means a lack of memory on the device, on the host or in /dev/shm; else None."""
-    if isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error):
+    if isinstance(error, (ConnectionError, EOFError)) or re.search(r"worker \(pid|shared memory|</torch_", str(error)):
         return "a data worker has ended: no memory, or no room in /dev/shm (--shm-size)? Lower --dataloader_num_workers"
-    if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+    if not re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
         return None
-    calls = [call.name for call in traceback.extract_tb(error.__traceback__) if call.filename == __file__]
-    less = "a smaller batch, --gradient_checkpointing, --mixed_precision, --use_8bit_adam, --cache_encodings"
+    tasks = {"cached_encodings": "encoding images", "validate": "generating pictures", "next_batch": "reading images"}
+    calls = traceback.extract_tb((error.__cause__ or error).__traceback__)  # in `naming` it is the cause
+    calls = [call for call in calls if call.filename == __file__]
+    task = next((tasks[call.name] for call in calls if call.name in tasks), "training")
+    line = calls[-1].line.partition("  #")[0]
     size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"
-    return f"out of memory in {calls[-1]}, with {size}; these take less: {less}"
+    less = ["mixed_precision", "cache_encodings", "use_8bit_adam", "gradient_checkpointing", "offload_ema", "rank"]
+    less = [f"--{flag}" for flag in less if getattr(args, flag, True) in (None, False, "no")] + ["a lower --resolution"]
+    if args.train_batch_size > 1:
+        less.insert(0, "smaller batches, with more --gradient_accumulation_steps")
+    return f"out of memory while {task} ({line}), with {size}; less need, cheapest first: {', '.join(less)}"
 
 
 if __name__ == "__main__":
     try:
         main(command_line)
     except Exception as error:
-        line = str(error).rpartition("RunError: ")[2].strip()  # a data worker puts a traceback before it
-        line = line if isinstance(error, RunError) else memory_error(command_line, error)
-        if not line:
+        end_workers()  # first: torch's handler raises for one that has died, also in what follows
+        line = memory_error(command_line, error)
+        if not line and not isinstance(error, RunError):
             raise
+        line = line or str(error).rpartition("RunError: ")[2].strip()  # a data worker puts a traceback before it
         tqdm.write(f"error: {printable(line)}", file=sys.stderr)
         sys.exit(1)
     finally:

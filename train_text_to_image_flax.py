@@ -54,6 +54,7 @@ import threading
 import time
 import traceback
 import unicodedata
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -201,6 +202,7 @@ import safetensors.numpy
 from absl import logging as absl_logging
 from flax import nnx
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
+from huggingface_hub.utils import disable_progress_bars
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm.auto import tqdm
@@ -542,7 +544,7 @@ def prepare_rows(args, dataset, tokenizer, models, weights):
 
 
 def log_validation(images, log, args, step):
-    """Write the images (list of `PIL.Image`) as one PNG grid, and to the trackers. Returns the grid's Path."""
+    """Write the images (list of `PIL.Image`) as one PNG grid, and to the trackers."""
     path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
     columns, step_x, step_y = min(4, len(images)), images[0].width + 2, images[0].height + 2
     grid = PIL.Image.new("RGB", (columns * step_x + 2, math.ceil(len(images) / columns) * step_y + 2))
@@ -556,27 +558,23 @@ def log_validation(images, log, args, step):
     if log.wandb:
         log.wandb.log({"validation": [log.wandb.Image(image) for image in images]}, step=step)
     logger.info(f"validation pictures: {path}")
-    return path
 
 
-def save_model_card(args, name, seed, steps, validation_image):
-    """Write the card of the model `name`, --output_dir or a Hub id. validation_image: the last grid's Path, or None."""
-    base, source = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
-    prompts, pictures = args.validation_prompts or ["a prompt"], ""
-    if validation_image:
-        prompt_list = as_json(prompts, indent=2)
-        pictures = f"![validation pictures](validation/{validation_image.name})\n\n```json\n{prompt_list}\n```\n\n"
-    text = f"""`{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates of its UNet.
-
-{pictures}## Use
-
-```python
-from diffusers import StableDiffusionPipeline
+def usage(args, name):
+    """Python code that generates a picture with the result, by its `name`: --output_dir or a Hub id."""
+    prompt = as_json((args.validation_prompts or ["a prompt"])[0])
+    return f"""from diffusers import StableDiffusionPipeline
 
 pipeline = StableDiffusionPipeline.from_pretrained({as_json(name)})
-pipeline({as_json(prompts[0])}).images[0].save("picture.png")
-```"""
-    write_model_card(args, base, name, seed, ["stable-diffusion", "stable-diffusion-diffusers"], text)
+pipeline({prompt}).images[0].save("picture.png")"""
+
+
+def save_model_card(args, name, seed, steps):
+    """Write the card of the model `name`, --output_dir or a Hub id."""
+    base, source = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
+    text = f"`{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates of its UNet."
+    tags = ["stable-diffusion", "stable-diffusion-diffusers"]
+    write_model_card(args, base, name, seed, tags, text, usage(args, name))
 
 
 def main(args):
@@ -631,6 +629,7 @@ def main(args):
     # Every check has passed: from here on the run writes.
     repo_id = on_first_process(prepare_hub_repository, args) if args.push_to_hub else args.hub_model_id
     on_first_process(prepare_output_dir, args, first_step, last_step)
+    log_plan(args, run, first_step, last_step, validation_period)
 
     # One stream of examples for the whole run, entered where the checkpoint left it.
     stream = ExampleStream(*prepare_rows(args, dataset, tokenizer, models, weights), args.seed)
@@ -656,13 +655,12 @@ def main(args):
         encoders = frozen or on_devices(frozen_weights, mesh, dtype)  # only while it samples
         bound = functools.partial(sampler, averaged, encoders)
         images = sample_prompts(bound, args.validation_prompts, tokenizer, latents_shape, args.seed, mesh)
-        return log_validation(images, log, args, step) if jax.process_index() == 0 else None
+        if jax.process_index() == 0:
+            log_validation(images, log, args, step)
 
     # Loop.
-    steps, devices = f"steps {first_step} to {last_step}", f"{jax.device_count()} {jax.default_backend()} devices"
-    logger.info(f"{len(dataset)} images, {batch_size} per step, {steps}, seed {args.seed}, on {devices}")
     log, checkpoints = UpdateLog(args, batch_size, first_step, last_step), CheckpointWriter(args)
-    agreed, stop, validation_image = signal_agreement(mesh), 0, None
+    agreed, stop = signal_agreement(mesh), 0
     by_row = NamedSharding(mesh, PartitionSpec(None, "data"))  # of micro-batches (micro-steps, rows, ...)
     key = place(random_generator(args.seed, 4).integers(2**32, size=2, dtype=np.uint32), mesh)
     closing = contextlib.closing
@@ -699,12 +697,13 @@ def main(args):
         params = multihost_utils.process_allgather(train_state.get("ema", train_state["params"]), tiled=True)
         on_first_process(save_result, args, folder, unet_folder, index, models["unet"], params, prediction_type)
         if args.validation_prompts:
-            validation_image = validate(last_step)
+            validate(last_step)
     if jax.process_index() == 0:
-        save_model_card(args, repo_id or args.output_dir, args.seed, last_step, validation_image)
-        logger.info(f"saved the pipeline in {args.output_dir}" + ", no update was left" * (first_step == last_step))
+        save_model_card(args, repo_id or args.output_dir, args.seed, last_step)
     if args.push_to_hub:
         on_first_process(push_to_hub, args, repo_id)
+    if jax.process_index() == 0:
+        log_result(args, usage(args, args.output_dir))
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -1441,7 +1440,8 @@ def save_result(args, folder, unet_folder, index, model, params, prediction_type
 
 
 logger = logging.getLogger(__name__)
-PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks
+PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks; twice as much is an error
+warnings.filterwarnings("ignore", module="PIL|accelerate|datasets|diffusers|huggingface_hub|peft|transformers")
 fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
 LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
 CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
@@ -1491,12 +1491,12 @@ def load_train_dataset(args, flags, seed):
             raise RunError(f"--{flag} {column}: no such column in {found}; for captions of a folder see check_data.py")
         feature = dataset.features[column]
         is_list = isinstance(feature, datasets.List)
-        with naming(f"--{flag} {column}: holds {feature}"):
+        with naming(f"--{flag} {column}: holds {feature}, which cannot be used"):
             if flag == "image_column":
                 dataset = place_images(args, dataset, columns)
             elif getattr(feature.feature if is_list else feature, "dtype", None) not in ("string", "large_string"):
-                change = {"feature": datasets.Value("string")} if is_list else {"dtype": "string"}  # numbers
-                dataset = dataset.cast_column(column, dataclasses.replace(feature, **change))
+                text = dataclasses.replace(feature.feature if is_list else feature, dtype="string")  # of numbers
+                dataset = dataset.cast_column(column, dataclasses.replace(feature, feature=text) if is_list else text)
         values = dataset.data.column(column)
         empty = [not row or None in row for row in values.to_pylist()] if is_list else values.is_null().to_pylist()
         if True in empty:
@@ -1526,13 +1526,22 @@ def place_images(args, dataset, columns):
     if paths != named.to_pylist():
         dataset = datasets.Dataset.from_dict(dataset.to_dict() | {column: paths}, dataset.features)
     if columns[1:] and set(found) <= {"image", "label"}:  # no metadata
-        texts = [datasets.utils.file_utils.xPath(path).with_suffix(".txt") for path in paths]
-        captions = [text.read_bytes().decode("utf-8-sig") if text.exists() else None for text in texts]
+        captions = [read_caption(path) for path in paths]
         dataset = dataset.add_column(columns[1], captions) if any(captions) else dataset
-    rows = [row for row, path in enumerate(paths) if args.dataset_name or not LEFT_OUT.search(path.replace(folder, ""))]
-    if left_out := sorted(set(images).difference(paths[row] for row in rows)):
-        logger.warning(f"left out {len(left_out)} images, for tests or without metadata: {', '.join(left_out[:3])} ...")
+    left_out = re.compile(r"\.(txt|json)::", re.IGNORECASE) if args.dataset_name else LEFT_OUT
+    rows = [row for row, path in enumerate(paths) if not left_out.search(path.replace(folder, ""))]
+    if others := sorted(set(images).difference(paths[row] for row in rows)):
+        logger.warning(f"left out {len(others)} images, for tests or without metadata: {', '.join(others[:3])} ...")
     return dataset.select(rows).flatten_indices() if len(rows) < len(paths) else dataset
+
+
+def read_caption(path):
+    """The text of the .txt file beside an image, or None. Raises RunError."""
+    text = datasets.utils.file_utils.xPath(path).with_suffix(".txt")
+    try:
+        return text.read_bytes().decode("utf-8-sig") if text.exists() else None
+    except ValueError as error:
+        raise RunError(f"{text} is not UTF-8: {error}") from error
 
 
 def readable_rows(args, dataset):
@@ -1545,8 +1554,8 @@ def readable_rows(args, dataset):
             return f"row {row}: {error}"
 
     last = len(dataset) if args.skip_bad_images else min(1000, len(dataset))
-    with ThreadPool() as threads:  # Pillow decodes without the GIL
-        problems = list(tqdm(threads.imap(problem, range(last), 100), "reading images", last, leave=False))
+    with ThreadPool() as pool:  # Pillow decodes without the GIL
+        problems = list(progress_bar(last, "image", pool.imap(problem, range(last), 100), desc="reading", leave=False))
     for message in filter(None, problems):
         if not args.skip_bad_images:
             raise RunError(f"{message}; --skip_bad_images skips such images")
@@ -1569,7 +1578,8 @@ def read_image(value, row="(unnamed)"):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        raise RunError(f"image {value['path'] or row} cannot be read: {error}") from error
+        reason = str(error).partition(", could be")[0]  # Pillow goes on about attacks
+        raise RunError(f"image {value['path'] or row} cannot be read: {reason}") from error
 
 
 def random_generator(seed, *key):
@@ -1645,7 +1655,7 @@ def cached_encodings(args, dataset, settings, weights, encode):
             sys.exit(128 + noted[0][0])
         rows[args.image_column] = threads.map(read_image, rows[args.image_column])
         encodings = encode(rows)
-        progress_bar.update(len(encodings))
+        bar.update(len(encodings))
         return {"encodings": encodings}
 
     def encode_chunk(path, first, last):
@@ -1657,8 +1667,8 @@ def cached_encodings(args, dataset, settings, weights, encode):
 
     options = {"batched": True, "batch_size": args.train_batch_size * jax.local_device_count()}
     options |= {"remove_columns": dataset.column_names, "writer_batch_size": 100}
-    progress_bar = tqdm(total=sum(chunk[2] - chunk[1] for chunk in own), desc="encoding", unit="image", disable=not own)
-    with noted_signals() as noted, ThreadPool() as threads, progress_bar:
+    bar = progress_bar(sum(chunk[2] - chunk[1] for chunk in own), "image", desc="encoding", disable=not own)
+    with noted_signals() as noted, ThreadPool() as threads, bar:
         for turn in range(math.ceil(len(missing) / jax.process_count())):
             try:
                 on_all_processes(lambda turn=turn: [encode_chunk(*chunk) for chunk in own[turn : turn + 1]])
@@ -1902,6 +1912,8 @@ def set_up_logging():
     logger.handlers, logger.propagate = [above_bar], False
     logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
     datasets.disable_progress_bars()
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # of the Hub
     datasets.utils.logging.set_verbosity(max(logger.level, logging.WARNING))
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs every error that it raises, over pages
     # Of writes that fail, Orbax raises the first; asyncio would report the others one by one, also after its end.
@@ -2108,6 +2120,34 @@ def check_trackers(args):
             raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {package}`")
 
 
+def progress_bar(total, unit, iterable=None, **options):
+    """A tqdm bar; where stderr is no terminal, a line in the log every half minute."""
+    if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # in a notebook tqdm draws a bar of its own
+        line = "{desc}: {n_fmt} of {total_fmt} {unit}s{postfix}, {remaining} left"
+        log = SimpleNamespace(write=lambda text: text.strip() and logger.info(text.strip()))
+        options |= {"file": log, "bar_format": line, "mininterval": 30, "delay": 30, "miniters": 1, "leave": False}
+    return tqdm(iterable, total=total, unit=unit, **options)
+
+
+def log_plan(args, run, first_step, last_step, validation_period):
+    """Log what the run will do. run: as for `check_resume`; validation_period: in examples."""
+    device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, --mixed_precision {args.mixed_precision}"
+    epochs = f"{(last_step - first_step) * run['batch_size'] / run['rows']:.1f} epochs"
+    steps = f"steps {first_step} to {last_step} ({epochs if last_step > first_step else 'no update is left'})"
+    drawn = f"pictures every {validation_period / run['batch_size']:.0f}" if args.validation_prompts else "no pictures"
+    logger.info(f"fine-tuning {args.pretrained_model_name_or_path} on {device}")
+    logger.info(f"{run['rows']} images, {run['batch_size']} per step, {steps}, seed {run['seed']}")
+    logger.info(f"to {args.output_dir}: a checkpoint every {args.checkpointing_steps} steps, {drawn}")
+
+
+def log_result(args, code):
+    """Log where everything is, and `code`: Python that generates a picture with the result."""
+    names = [name for name in ("README.md", "validation", args.logging_dir) if Path(args.output_dir, name).exists()]
+    names = ", ".join([*names, f"{len(list_checkpoints(args.output_dir))} checkpoints"])
+    logger.info(f"saved the result in {args.output_dir}; there too: {names}")
+    tqdm.write(f"Generate a picture with it:\n\n{code}", file=sys.stderr)
+
+
 class UpdateLog:
     """Starts the trackers and logs every update, but reads its values from the devices only in `flush`."""
 
@@ -2115,7 +2155,7 @@ class UpdateLog:
         self.args, self.batch_size, self.tensorboard, self.wandb = args, batch_size, None, None
         self.updates, self.nonfinite, self.started, self.waited = [], 0, None, 0.0
         hidden = jax.process_index() != 0 or first_step >= last_step
-        self.progress_bar = tqdm(initial=first_step, total=last_step, disable=hidden, unit="step")
+        self.bar = progress_bar(last_step, "step", initial=first_step, disable=hidden)
         arguments, project = recorded_arguments(args, args.seed), args.tracker_project_name
         with naming(f"--report_to {args.report_to}"):
             if args.report_to in ("tensorboard", "all") and jax.process_index() == 0:
@@ -2139,7 +2179,7 @@ class UpdateLog:
     def add(self, step, metrics):
         """Take in an update; metrics: those of `train_step`, which stay on the devices."""
         self.updates.append((step, time.time(), metrics))
-        self.progress_bar.update()
+        self.bar.update()
 
     def flush(self):
         """Log all updates since the last time. Raises RunError if one is not finite, or the log cannot be written."""
@@ -2160,11 +2200,11 @@ class UpdateLog:
         if self.tensorboard and not self.tensorboard.file_writer.event_writer._worker.is_alive():
             self.tensorboard = None
             raise RunError("--logging_dir: the TensorBoard log cannot be written any more; is the disk full?")
-        self.progress_bar.set_postfix(loss=f"{loss:.4f}", images_per_second=f"{speed['examples_per_second']:.1f}")
+        self.bar.set_postfix_str(f"loss={loss:.4f}, images/s={speed['examples_per_second']:.1f}", refresh=False)
         self.updates, self.started, self.waited = [], None, 0.0
 
     def close(self):
-        self.progress_bar.close()
+        self.bar.close()
         if self.tensorboard:
             self.tensorboard.close()
         if self.wandb:
@@ -2182,15 +2222,21 @@ def as_json(value, indent=None):
     return "\n".join(map(printable, json.dumps(value, indent=indent, ensure_ascii=False).split("\n")))
 
 
-def write_model_card(args, base, name, seed, tags, text, **metadata):
-    """Write output_dir/README.md. base: what was fine-tuned; name: of the result; tags: for the Hub; text: Markdown."""
+def write_model_card(args, base, name, seed, tags, text, code, **metadata):
+    """Write output_dir/README.md. base: what was fine-tuned; name: of the result; tags: for the Hub; text: Markdown;
+    code: Python that generates a picture with the result."""
     source = args.dataset_name or args.train_data_dir
     settings = {"library_name": "diffusers", "tags": [*tags, "text-to-image", "diffusers", "diffusers-training"]}
     base_id, data_id = (None if Path(each).exists() else each for each in (base, source))  # the Hub takes no folders
     metadata = ModelCardData(base_model=base_id, datasets=data_id and [data_id], **settings, **metadata)
     title = re.sub(r"[^\w./ -]", "-", Path(name).resolve().name if Path(name).exists() else name)
     flags = as_json(recorded_arguments(args, seed), indent=2)
-    parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}", text, f"Flags of the run:\n\n```json\n{flags}\n```\n"]
+    parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}", text]
+    if args.validation_prompts:
+        newest = max(Path(args.output_dir, "validation").glob("step-*.png"))
+        prompts = as_json(args.validation_prompts, indent=2)
+        parts += [f"![validation pictures](validation/{newest.name})", f"```json\n{prompts}\n```"]
+    parts += [f"## Use\n\n```python\n{code}\n```", f"Flags of the run:\n\n```json\n{flags}\n```\n"]
     with naming(f"{args.output_dir}/README.md cannot be written"):
         Path(args.output_dir, "README.md").write_text("\n\n".join(parts), encoding="utf-8")
 
@@ -2212,7 +2258,8 @@ def push_to_hub(args, repo_id):
     for pause in (10, 60, None):  # seconds; the Hub may be unavailable at the end of days of training
         try:
             with naming("--push_to_hub"):
-                return HfApi(token=args.hub_token).upload_folder(**options)
+                HfApi(token=args.hub_token).upload_folder(**options)
+            return logger.info(f"uploaded to {repo_id}")
         except RunError as error:
             if pause is None:
                 raise RunError(f"{error}; the result is in {args.output_dir}, upload it by: {command}") from error
@@ -2220,11 +2267,28 @@ def push_to_hub(args, repo_id):
             time.sleep(pause)
 
 
+def out_of_memory(args, error):
+    """One line: what was being done when memory ran out, and the flags that need less, those that cost least first."""
+    tasks = {"cached_encodings": "encoding images", "validate": "generating pictures", "next_batch": "reading images"}
+    calls = traceback.extract_tb((error.__cause__ or error).__traceback__)  # in `naming` it is the cause
+    calls = [call for call in calls if call.filename == __file__]
+    task = next((tasks[call.name] for call in calls if call.name in tasks), "training")
+    line = calls[-1].line.partition("  #")[0]
+    size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"
+    less = ["mixed_precision", "cache_encodings", "gradient_checkpointing", "shard_params"]
+    less = [f"--{flag}" for flag in less if getattr(args, flag, True) in (None, False, "no")] + ["a lower --resolution"]
+    if args.train_batch_size > 1:
+        less.insert(0, "smaller batches, with more --gradient_accumulation_steps")
+    return f"out of memory while {task} ({line}), with {size}; less need, cheapest first: {', '.join(less)}"
+
+
 if __name__ == "__main__":
     try:
         main(command_line)
-    except (RunError, jax.errors.JaxRuntimeError) as error:  # of JAX: device memory is full, another process is gone
-        tqdm.write(f"error: {printable(str(error).strip().splitlines()[0])}", file=sys.stderr)
+    except (RunError, MemoryError, jax.errors.JaxRuntimeError) as error:  # of JAX: no memory, another process is gone
+        lacking = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+        line = out_of_memory(command_line, error) if lacking else str(error).strip().splitlines()[0]
+        tqdm.write(f"error: {printable(line)}", file=sys.stderr)
         end_process(1)
     except KeyboardInterrupt:
         end_process(130)

@@ -127,7 +127,7 @@ def flags_of_run(inputs, steps):
 
 
 class Process:
-    """A script in a fresh process and process group, with its stderr in a file that can be read meanwhile."""
+    """A script in a fresh process and process group, at a terminal whose text is in the file `stderr` at all times."""
 
     def __init__(self, script, flags, stderr, slow=False, launcher=(sys.executable,), **environment):
         from conftest import command_line
@@ -135,12 +135,12 @@ class Process:
         program = [str(Path(__file__)), "run-slowly", script] if slow else [str(ROOT / f"{script}.py")]
         command = [*launcher, *program, *command_line(flags)]
         self.stderr, self.output_dir = Path(stderr), Path(flags["output_dir"])
-        with self.stderr.open("w") as file:
-            environment = {**os.environ, **environment}
+        environment = {**os.environ, **environment}
+        with forks.Terminal(stderr) as self.terminal:
             if len(launcher) == 1:
-                self.popen = forks.Popen(command[1:], stderr=file, env=environment)
+                self.popen = forks.Popen(command[1:], stderr=self.terminal, env=environment)
             else:
-                self.popen = subprocess.Popen(command, stderr=file, env=environment, start_new_session=True)
+                self.popen = subprocess.Popen(command, stderr=self.terminal, env=environment, start_new_session=True)
 
     def __enter__(self):
         return self
@@ -150,6 +150,7 @@ class Process:
 
     def said(self):
         """All it has written to stderr, each state of the progress bar on a line of its own."""
+        self.terminal.copy()
         return self.stderr.read_text(errors="replace").replace("\r", "\n")
 
     def first_step(self):

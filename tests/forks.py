@@ -15,7 +15,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
+import tty
 
 LIBRARIES = {  # by the script that a command line names
     "flax": "jax, flax.nnx, optax, orbax.checkpoint, transformers, datasets, tensorboardX",
@@ -32,6 +34,47 @@ def start_server(kind):
     subprocess.Popen(command, pass_fds=[other.fileno()], stderr=subprocess.DEVNULL)
     other.close()
     return own
+
+
+class Terminal:
+    """A pseudo-terminal for the stderr of processes, where scripts show their bars; copied to the file `path`.
+
+    with Terminal(path) as terminal:
+        process = Popen(words, terminal)
+    """
+
+    def __init__(self, path):
+        self.reader, self.writer = os.openpty()
+        termios.tcsetwinsize(self.writer, (50, 200))  # else there is no room for a bar
+        tty.setraw(self.writer)  # else it turns "\n" into "\r\n"
+        self.file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        self.lock, self.ended = threading.Lock(), False
+
+    def fileno(self):
+        return self.writer
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        os.close(self.writer)  # the processes have theirs
+        threading.Thread(target=self._copy_until_they_end, daemon=True).start()
+
+    def copy(self):
+        """Copy what has been written up to now."""
+        with self.lock:
+            while not self.ended and select.select([self.reader], [], [], 0)[0]:
+                try:
+                    os.write(self.file, os.read(self.reader, 65536))
+                except OSError:  # nothing writes to it any more
+                    self.ended = True
+
+    def _copy_until_they_end(self):
+        while not self.ended:
+            select.select([self.reader], [], [])
+            self.copy()
+        os.close(self.reader)
+        os.close(self.file)
 
 
 class Popen:

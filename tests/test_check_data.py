@@ -258,7 +258,7 @@ def test_data_is_read_by_the_same_functions():
         nodes = {getattr(node, "name", None): node for node in ast.parse(text).body}
         return {name: ast.get_source_segment(text, nodes[name]) for name in names}
 
-    shared = ["place_images", "read_image"]
+    shared = ["place_images", "read_caption", "read_image"]
     scripts = sorted(ROOT.glob("train_text_to_image*.py"))
     assert len(scripts) >= 4
     own = functions(ROOT / "check_data.py", shared)

@@ -1,6 +1,7 @@
 """However a run ends, its data workers end with it, its status says so, and what a user can mend is one line."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -42,17 +43,22 @@ def with_workers(flags):
 
 
 def start(flags, launcher=(), **environment):
-    """Start a run in a process group of its own; `process.said()` is its stderr."""
+    """Start a run in a process group of its own, at a terminal; `process.said()` is its stderr."""
     command = [*launcher, str(SCRIPT), *command_line(flags)]
     path = Path(flags["output_dir"]).with_name("stderr")
     environment = {**os.environ, **environment}
-    with path.open("w") as stderr:
+    with forks.Terminal(path) as terminal:
         if "torch.distributed.run" in launcher:
             command = [sys.executable, *command]
-            process = subprocess.Popen(command, env=environment, stderr=stderr, start_new_session=True)
+            process = subprocess.Popen(command, env=environment, stderr=terminal, start_new_session=True)
         else:
-            process = forks.Popen(command, stderr, env=environment)
-    process.said = path.read_text
+            process = forks.Popen(command, terminal, env=environment)
+
+    def said():
+        terminal.copy()
+        return path.read_text()
+
+    process.said = said
     return process
 
 
@@ -87,7 +93,10 @@ def group_of(pid):
         ("UNet2DConditionModel:forward:3:ZeroDivisionError('unforeseen')", "ZeroDivisionError: unforeseen"),
         (
             "UNet2DConditionModel:forward:3:torch.OutOfMemoryError('out of memory')",
-            "error: out of memory in training_losses, with --train_batch_size 2 and --resolution 32; these take less: ",
+            "error: out of memory while training (model_pred = unet(noisy_latents, timesteps, encoder_hidden_states)"
+            ".sample), with --train_batch_size 2 and --resolution 32; less need, cheapest first: smaller batches, with "
+            "more --gradient_accumulation_steps, --mixed_precision, --cache_encodings, --use_8bit_adam, "
+            "--gradient_checkpointing, --offload_ema, --rank, a lower --resolution\n",
         ),
         ("StableDiffusionPipeline:__call__:1:ValueError('from a library')", "ValueError: from a library"),
     ],
@@ -109,6 +118,23 @@ def test_a_killed_data_worker_ends_the_run(with_workers):
     assert status == 1
     assert "error: a data worker has ended" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.skipif(subprocess.call(["unshare", "-m", "true"]) != 0, reason="needs the right to mount a file system")
+def test_a_full_shared_memory_ends_the_run(with_workers):
+    """One of 2 MB, and batches of 6 MB."""
+    flags = {**with_workers, "resolution": 512, "train_batch_size": 8}
+    mount = "mount -t tmpfs -o size=2m tmpfs /dev/shm && exec "
+    command = mount + shlex.join([sys.executable, str(SCRIPT), *command_line(flags)])
+    result = subprocess.run(["unshare", "-m", "sh", "-c", command], capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith(
+        "error: a data worker has ended: no memory, or no room in /dev/shm"
+    )
+    assert "Traceback" not in result.stderr
+    assert str(flags["output_dir"]) not in "".join(
+        " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])
+    )
 
 
 def test_a_second_signal_leaves_no_data_worker(with_workers):

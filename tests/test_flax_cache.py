@@ -163,7 +163,7 @@ def launch_two_with_small_chunks(flags, preparation=""):
 
 def test_two_processes_encode_a_share_each(flags, tmp_path, small_chunks):
     two = {**flags, "max_train_steps": 1, "train_batch_size": 1, "cache_encodings": tmp_path / "shares"}
-    results = launch_two_with_small_chunks(two)
+    results = launch_two_with_small_chunks(two, "import sys\nsys.stderr.isatty = lambda: True\n")  # it shows bars
     for result in results:
         assert result.returncode == 0, result.stderr
         assert re.search("encoding: .*4/4", result.stderr)

@@ -622,7 +622,7 @@ def four_devices(one_device, tmp_path_factory):
     result = run_code(FOUR_DEVICES.format(runs=runs), XLA_FLAGS=devices)
     assert result.returncode == 0, result.stderr
     assert "images, 4 per step" in result.stderr
-    assert "on 4 cpu devices" in result.stderr
+    assert "on 4 x cpu, " in result.stderr
     shares = json.loads(result.stdout)
     return {name: (folder / name, share) for name, share in zip(changes, shares, strict=True)}
 

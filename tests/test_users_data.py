@@ -7,17 +7,21 @@ import argparse
 import io
 import itertools
 import json
+import os
+import struct
 import time
 import unicodedata
 import zipfile
+import zlib
 from multiprocessing import get_context
 from multiprocessing.pool import ThreadPool
 from warnings import catch_warnings
 
 import datasets
+import forks
 import PIL.Image
 import pytest
-from conftest import run
+from conftest import ROOT, run
 
 import check_data
 import train_text_to_image
@@ -188,17 +192,19 @@ def test_training_from_an_archive_with_a_cache(flags, tmp_path):
 # Captions in .txt files and folders of classes ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_captions_in_text_files(tmp_path, capsys, packed):
+@pytest.mark.parametrize(("packed", "flag"), [(0, "train_data_dir"), (1, "train_data_dir"), (1, "dataset_name")])
+def test_captions_in_text_files(tmp_path, capsys, packed, flag):
     folder = write_images(tmp_path / "images", "0.png", "deep/1.jpg", "deep/two.words.png")
     (folder / "0.txt").write_bytes("\ufeffété,\r\n red dots\r\n".encode())
     (folder / "deep" / "1.txt").write_text("blue bars")
     (folder / "deep" / "two.words.txt").write_text("")
-    (folder / "deep" / "notes.txt").write_text("no caption")
+    if flag == "train_data_dir":  # else `datasets` counts endings, and reads texts where they are more than the images
+        (folder / "deep" / "notes.txt").write_text("no caption")
     if packed:
         folder = archive(folder, tmp_path / "data" / "images.zip")
-    assert [" ".join(row[2].split()) for row in load(train_data_dir=folder)] == ["été, red dots", "blue bars", ""]
-    out, error = check(capsys, train_data_dir=folder, resolution=32)
+    captions = [" ".join(row[2].split()) for row in load(**{flag: folder})]
+    assert captions == ["été, red dots", "blue bars", ""]
+    out, error = check(capsys, **{flag: folder}, resolution=32)
     assert "1  kept: captions that are empty" in out
     assert error is None
 
@@ -215,7 +221,7 @@ def test_a_text_file_that_is_missing_or_in_another_encoding(tmp_path, capsys):
     with pytest.raises(RunError, match=r"--caption_column text: row 1 is empty, of .*1.png"):
         load(train_data_dir=folder)
     (folder / "1.txt").write_bytes("é".encode("utf-16"))
-    with pytest.raises(RunError, match="utf-8.* can't decode"):
+    with pytest.raises(RunError, match="^/.*/1.txt is not UTF-8: 'utf-8' codec can't decode"):
         load(train_data_dir=folder)
     assert "1.txt is not UTF-8" in check(capsys, train_data_dir=folder)[1]
 
@@ -398,14 +404,16 @@ def test_numbers_are_text(tmp_path, capsys, captions, text):
     assert check(capsys, train_data_dir=folder)[1] is None
 
 
-def test_numbers_of_classes_are_no_text(tmp_path, capsys):
+@pytest.mark.parametrize("in_lists", [False, True])
+def test_numbers_of_classes_are_no_text(tmp_path, capsys, in_lists):
     """As text they would be "0" and "1"."""
-    features = datasets.Features({"image": datasets.Image(), "text": datasets.ClassLabel(names=["cat", "dog"])})
-    rows = {"image": [{"bytes": png(0), "path": None}] * 2, "text": [0, 1]}
+    label = datasets.ClassLabel(names=["cat", "dog"])
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.List(label) if in_lists else label})
+    rows = {"image": [{"bytes": png(0), "path": None}] * 2, "text": [[0], [0, 1]] if in_lists else [0, 1]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(RunError, match="--caption_column text: holds ClassLabel"):
+    with pytest.raises(RunError, match=r"--caption_column text: holds .*ClassLabel\(.*, which cannot"):
         load(dataset_name=tmp_path)
-    assert "no column of text but ClassLabel" in check(capsys, dataset_name=tmp_path)[1]
+    assert f"no column of text but {features['text']}" in check(capsys, dataset_name=tmp_path)[1]
 
 
 def test_a_row_without_a_path(tmp_path):
@@ -482,3 +490,19 @@ def test_large_images(tmp_path):
     PIL.Image.new("1", (side, side)).save(tmp_path / "large.png")
     with catch_warnings(action="error"):
         assert read_image({"bytes": None, "path": str(tmp_path / "large.png")}).size == (side, side)
+
+
+def test_images_above_the_limit(tmp_path):
+    """The header is read first: of 1,074 megapixels, which is taken, and of 2,500. Neither warns."""
+    for side in (32_769, 50_000):
+        PIL.Image.new("1", (8, 8)).save(tmp_path / "large.png")
+        content = bytearray((tmp_path / "large.png").read_bytes())
+        content[16:24] = struct.pack(">II", side, side)
+        content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+        (tmp_path / "large.png").write_bytes(content)
+        code = f"from train_text_to_image import *; read_image({{'bytes': None, 'path': '{tmp_path}/large.png'}})"
+        result = forks.run(["-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)})
+        reason = "exceeds limit of 2147483648 pixels" if side == 50_000 else "image file is truncated"
+        assert "Warning" not in result.stderr
+        assert reason in result.stderr.splitlines()[-1]
+        assert "attack" not in result.stderr.splitlines()[-1]

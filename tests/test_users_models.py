@@ -147,6 +147,13 @@ def test_a_checkpoint_of_the_pytorch_script_is_refused_as_such_in_jax(trained):
     assert line == f"--resume_from_checkpoint {checkpoint}: is of a PyTorch script"
 
 
+@pytest.mark.parametrize("script", [SD, PRIOR])
+def test_a_checkpoint_of_the_jax_script_is_refused_as_such_in_pytorch(script, flags, trained):
+    checkpoint = trained(FLAX)["output_dir"] / "checkpoint-1"
+    line = refusal({**flags, "resume_from_checkpoint": checkpoint}, script)
+    assert line == f"--resume_from_checkpoint {checkpoint}: is of the JAX script"
+
+
 @all_scripts
 def test_a_resume_with_no_update_left_says_so_and_saves_the_result(script, trained, tmp_path, capsys):
     before = trained(script)
@@ -154,8 +161,9 @@ def test_a_resume_with_no_update_left_says_so_and_saves_the_result(script, train
     shutil.copytree(before["output_dir"] / "checkpoint-1", flags["output_dir"] / "checkpoint-1")
     capsys.readouterr()
     run(flags, script)
-    last = [line for line in capsys.readouterr().err.splitlines() if " INFO " in line][-1]
-    assert last.endswith(f"{flags['output_dir']}, no update was left")
+    said = capsys.readouterr().err
+    assert "steps 1 to 1 (no update is left)" in said
+    assert f"saved the result in {flags['output_dir']}; " in said
     one, two = (load_file(folder / TRAINED[script] / WEIGHTS) for folder in (before["output_dir"], flags["output_dir"]))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
