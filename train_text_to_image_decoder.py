@@ -38,6 +38,7 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import importlib.util
 import itertools
 import json
 import logging
@@ -148,6 +149,7 @@ def parse_args(input_args=None):
     add("--output_dir", default="kandi_2_2-model-finetuned", help="folder for the pipeline, its checkpoints and logs")
     add("--checkpointing_steps", type=count, default=500, help="updates between checkpoints")
     add("--checkpoints_total_limit", type=count, help="number of checkpoints to keep, the newest; default: all")
+    add("--keep_best", action="store_true", help="keep the checkpoint of the lowest validation loss besides the newest")
     add("--resume_from_checkpoint", nargs="?", const="latest", help="resume from checkpoint-<step> or the latest")
 
     add = parser.add_argument_group("validation and logs").add_argument
@@ -156,6 +158,8 @@ def parse_args(input_args=None):
     add("--num_validation_images", type=count, default=1, help="pictures of each prompt, of different noise")
     add("--validation_epochs", type=count, default=5, help="epochs between validations")
     add("--validation_steps", type=count, help="updates between validations, instead of epochs")
+    add("--validation_rows", type=natural, default=0, help="rows held out of training, to compute a validation loss")
+    add("--validation_data_dir", help="folder of images with captions for the validation loss, instead of those rows")
     add("--logging_steps", type=count, default=10, help="updates between writings of the log; it has every update")
     add("--logging_dir", default="logs", help="folder of the TensorBoard logs, inside --output_dir")
     add("--report_to", default="tensorboard", choices=["none", *trackers], help="tracker, or all installed")
@@ -174,6 +178,9 @@ def parse_args(input_args=None):
         parser.error("argument --cache_encodings: must not be inside --output_dir, which is uploaded as a whole")
     if (args.lora_alpha or args.lora_target_modules) and not args.rank:
         parser.error("arguments --lora_alpha and --lora_target_modules: need --rank")
+    held_out = bool(args.validation_rows) + bool(args.validation_data_dir)
+    if held_out > 1 or args.keep_best > held_out:
+        parser.error("arguments --validation_rows, --validation_data_dir: give one of them; --keep_best needs one")
     if os.path.normpath(args.logging_dir) == ".":
         parser.error("argument --logging_dir: must name a folder of its own")
     if os.path.normpath(os.path.join("logs", args.tracker_project_name)).split(os.sep)[0] != "logs":
@@ -333,12 +340,11 @@ def training_losses(batch, unet, movq, image_encoder, empty_embeds, alphas_cumpr
     batch: collated examples of `preprocess_train` or `preprocess_encoded`; empty_embeds: of `empty_embedding`;
     alphas_cumprod: ᾱ of all timesteps, (num_train_timesteps,). Only the UNet gets a gradient.
     """
-    if "latents" in batch:  # cached
-        latents, image_embeds = batch["latents"].float(), batch["image_embeds"]
-    else:
-        latents = encode_images(batch["pixel_values"], movq).float()
-        image_embeds = embed_images(batch["clip_pixel_values"], image_encoder)
-    image_embeds = torch.where(batch["dropped"][:, None], empty_embeds, image_embeds)
+    if "latents" not in batch:  # not cached; they stay in the batch, for its next use
+        batch["latents"] = encode_images(batch["pixel_values"], movq)
+        batch["image_embeds"] = embed_images(batch["clip_pixel_values"], image_encoder)
+    latents = batch["latents"].float()
+    image_embeds = torch.where(batch["dropped"][:, None], empty_embeds, batch["image_embeds"])
 
     timesteps, noise = batch["timesteps"], batch["noise"]
     alphas = alphas_cumprod[timesteps, None, None, None]
@@ -385,15 +391,15 @@ def check_objective(prediction_type, alphas_cumprod):
         raise RunError("prediction type epsilon: learns nothing at zero terminal SNR; use v_prediction or sample")
 
 
-def prepare_rows(accelerator, args, dataset, image_processor, movq, image_encoder):
-    """The rows or their cached encodings, the function that turns one into an example, and the empty embedding."""
+def prepare_rows(accelerator, args, parts, image_processor, movq, image_encoder):
+    """Rows of each data set or cached encodings, the function that turns one into an example, the empty embedding."""
     if not args.cache_encodings:
         movq.to(accelerator.device)
         image_encoder.to(accelerator.device)
-        return dataset, functools.partial(preprocess_train, args, image_processor), empty_embedding(image_encoder)
+        return parts, functools.partial(preprocess_train, args, image_processor), empty_embedding(image_encoder)
     settings = [args.resolution, str(movq.dtype), image_processor.to_dict()]
     encode = functools.partial(encode_rows, args, image_processor, movq, image_encoder)
-    rows = cached_encodings(accelerator, args, dataset, settings, [movq, image_encoder], encode)
+    rows = [cached_encodings(accelerator, args, part, settings, [movq, image_encoder], encode) for part in parts]
     with visiting(accelerator, image_encoder):
         return rows, functools.partial(preprocess_encoded, args), empty_embedding(image_encoder)
 
@@ -431,13 +437,13 @@ pipeline.unet.load_lora_adapter({as_json(name)}, prefix=None, weight_name={as_js
 pipeline({prompt}).images[0].save("picture.png")"""
 
 
-def save_model_card(args, name, seed, steps):
+def save_model_card(args, name, seed, steps, loss):
     """Write the card of the model `name`, --output_dir or a Hub id."""
     base, source = args.pretrained_decoder_model_name_or_path, args.dataset_name or args.train_data_dir
     tags, trained = ["kandinsky"], "its UNet"
     if args.rank:
         tags, trained = [*tags, "lora"], f"an adapter (LoRA, rank {args.rank}) of its UNet"
-    text = f"`{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates of {trained}."
+    text = f"`{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates of {trained}{loss}."
     prior = args.pretrained_prior_model_name_or_path  # where AutoPipelineForText2Image finds the prior
     if Path(prior).exists():
         prior = None if args.push_to_hub else str(Path(prior).resolve())
@@ -490,14 +496,12 @@ def main(args):
     check_schedulers(pipeline, validation_pipeline)
 
     # Data, and the length of the run.
-    dataset = load_train_dataset(args, ["image_column"], seed)
-    if args.skip_bad_images or not args.cache_encodings:  # else the encoding names bad images
-        dataset = dataset.select(on_main_process(accelerator, readable_rows, args, dataset))
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    examples_left = max(0, args.num_train_epochs * len(dataset) - examples_seen)
+    parts, to_train, to_hold_out = load_data(accelerator, args, ["image_column"], seed, batch_size)
+    examples_left = max(0, args.num_train_epochs * len(to_train) - examples_seen)
     last_step = max(first_step, args.max_train_steps or first_step + math.ceil(examples_left / batch_size))
-    validation_period = (args.validation_steps or 0) * batch_size or args.validation_epochs * len(dataset)  # examples
-    run = {"seed": seed, "batch_size": batch_size, "rows": len(dataset), "data": dataset._fingerprint}
+    validation_period = (args.validation_steps or 0) * batch_size or args.validation_epochs * len(to_train)  # examples
+    run = {"seed": seed, "batch_size": batch_size, "rows": len(to_train), "data": parts[0]._fingerprint}
     if checkpoint:
         check_resume(args, checkpoint, start, run)
 
@@ -525,11 +529,12 @@ def main(args):
     log_plan(accelerator, args, decoder_path, run, first_step, last_step, validation_period)
 
     # One stream of examples for the whole run, entered where the checkpoint left it.
-    rows, preprocess, empty_embeds = prepare_rows(accelerator, args, dataset, image_processor, movq, image_encoder)
-    models = (unet, movq, image_encoder, empty_embeds)
+    rows, preprocess, empty_embeds = prepare_rows(accelerator, args, parts, image_processor, movq, image_encoder)
+    frozen_parts = (movq, image_encoder, empty_embeds, alphas_cumprod, prediction_type)
     preprocess = functools.partial(preprocess, latents_shape, len(alphas_cumprod))
     positions = range(examples_seen, examples_seen + (last_step - first_step) * batch_size)
-    batches = make_batches(accelerator, args, ExampleStream(rows, preprocess, seed), positions)
+    batches = make_batches(accelerator, args, ExampleStream(rows[0].select(to_train), preprocess, seed), positions)
+    held_out = HeldOut(accelerator, args, rows[-1].select(to_hold_out), preprocess, len(alphas_cumprod), start)
 
     # Loop.
     log, stop = UpdateLog(accelerator, args, run, first_step, last_step), 0
@@ -540,7 +545,7 @@ def main(args):
             for _ in range(args.gradient_accumulation_steps):
                 batch = log.next_batch(batches)
                 with accelerator.accumulate(unet):
-                    loss = training_losses(batch, *models, alphas_cumprod, prediction_type, args)
+                    loss = training_losses(batch, unet, *frozen_parts, args)
                     accelerator.backward(loss.mean())
                     if accelerator.sync_gradients:
                         gradient_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
@@ -555,14 +560,16 @@ def main(args):
 
             stop = noted_anywhere(noted, cpu_group) if step < last_step else 0
             save = stop or step % args.checkpointing_steps == 0
-            draw = args.validation_prompts and step < last_step and not stop
-            draw = draw and examples_seen // validation_period > (examples_seen - batch_size) // validation_period
-            if save or draw or step == last_step or step % args.logging_steps == 0:
+            due = (args.validation_prompts or held_out.batches) and not stop
+            due = due and examples_seen // validation_period > (examples_seen - batch_size) // validation_period
+            if save or due or step == last_step or step % args.logging_steps == 0:
                 log.flush()
+            if held_out.batches and (due or step == last_step):
+                save = held_out.evaluate(step, evaluated, training_losses, frozen_parts, log) or save
             if save:
-                state = {**run, "step": step, "examples_seen": examples_seen}
+                state = {**run, "step": step, "examples_seen": examples_seen, "validation": held_out.history}
                 save_checkpoint(accelerator, args, "unet", unet, ema_unet, optimizer, state)
-            if draw:
+            if due and args.validation_prompts and step < last_step:
                 log_validation(validation_pipeline, prior, evaluated, accelerator, args, seed, step)
             if stop:
                 break
@@ -577,10 +584,10 @@ def main(args):
         log_validation(validation_pipeline, prior, evaluated, accelerator, args, seed, last_step)
     accelerator.end_training()
     if accelerator.is_main_process:
-        save_model_card(args, repo_id or args.output_dir, seed, last_step)
+        save_model_card(args, repo_id or args.output_dir, seed, last_step, held_out.summary())
         if args.push_to_hub:
             push_to_hub(args, repo_id)
-        log_result(args, usage(args, args.output_dir))
+        log_result(args, usage(args, args.output_dir), held_out.summary())
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -623,12 +630,27 @@ def naming(what):
 
 
 # Data sets and the stream of examples ---------------------------------------------------------------------------------
+def load_data(accelerator, args, flags, seed, batch_size):
+    """[data set, maybe another for validation], rows of the first to train on, held-out rows of the last."""
+    parts = [load_train_dataset(args, flags, seed)]
+    if folder := args.validation_data_dir:
+        other = {**vars(args), "dataset_name": None, "train_data_dir": folder, "max_train_samples": None}
+        parts.append(load_train_dataset(argparse.Namespace(**other), flags, seed))
+    if args.skip_bad_images or not args.cache_encodings:  # else the encoding names bad images
+        parts = [part.select(on_main_process(accelerator, readable_rows, args, part)) for part in parts]
+    held_out, to_train = np.split(random_generator(seed, 5).permutation(len(parts[0])), [args.validation_rows])
+    if args.validation_rows and len(to_train) < batch_size:
+        raise RunError(f"--validation_rows {args.validation_rows}: of {len(parts[0])}, leaves no batch of {batch_size}")
+    return parts, np.sort(to_train), range(len(parts[1])) if folder else held_out
+
+
 def load_train_dataset(args, flags, seed):
     """Load the columns of the training split that `flags` name, images undecoded. Raises RunError."""
     source, columns = args.dataset_name or args.train_data_dir, [getattr(args, flag) for flag in flags]
+    folder_flag = "--validation_data_dir" if source == args.validation_data_dir else "--train_data_dir"
     if not args.dataset_name and not Path(source).is_dir():
-        raise RunError(f"--train_data_dir {source}: there is no such folder")
-    with naming(f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}"):
+        raise RunError(f"{folder_flag} {source}: there is no such folder")
+    with naming(f"--dataset_name {source}" if args.dataset_name else f"{folder_flag} {source}"):
         if any(Path(source, name).is_file() for name in ("state.json", "dataset_dict.json")):
             dataset = datasets.load_from_disk(source)
         else:
@@ -639,7 +661,7 @@ def load_train_dataset(args, flags, seed):
     found = dataset.column_names
     for flag, column in zip(flags, columns, strict=True):
         if column not in dataset.column_names:
-            raise RunError(f"--{flag} {column}: no such column in {found}; for captions of a folder see check_data.py")
+            raise RunError(f"--{flag} {column}: no such column in {source}, {found}; for captions see check_data.py")
         feature = dataset.features[column]
         is_list = isinstance(feature, datasets.List)
         with naming(f"--{flag} {column}: holds {feature}, which cannot be used"):
@@ -913,6 +935,8 @@ def check_resume(args, checkpoint, before, run):
     logger.info(f"resuming from {checkpoint}; changed: {changes or 'nothing'}")
     for key in (key for key in run if before[key] != run[key]):
         was = f"{checkpoint} was made with another {key.replace('_', ' ')} ({before[key]}, now {run[key]})"
+        if args.validation_rows and key in ("seed", "rows"):
+            raise RunError(f"{was}; --validation_rows would hold out rows that it was trained on")
         logger.warning(f"{was}; the result will differ from that of an uninterrupted run")
 
 
@@ -943,8 +967,10 @@ def save_checkpoint(accelerator, args, name, model, ema, optimizer, state):
             flush_to_disk(*partial.rglob("*"), partial)
             partial.rename(final)
             flush_to_disk(final.parent)
-            for _, path in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
-                shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))  # a crash leaves no half of one
+            kept = [entry["step"] for entry in state["validation"] if entry["best"]][-1:]
+            for step, path in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
+                if step not in kept:
+                    shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))  # a crash leaves no half of one
     logger.info(f"saved {final}")
     accelerator.wait_for_everyone()
 
@@ -1272,22 +1298,29 @@ def check_schedulers(*pipelines):
             raise RunError(f"{type(pipeline.scheduler).__name__}: pipelines with this scheduler are not supported")
 
 
-def validate(accelerator, args, model, generate, seed, step):
-    """Generate every validation prompt from fixed noise, and write the pictures as one grid and to the trackers."""
-    images = []
-    training = model.training
+@contextlib.contextmanager
+def evaluating(accelerator, model):
+    """Within the block, the model is on the device, without gradients, dropout and compilation. Gives its autocast."""
+    training, away = model.training, next(model.parameters()).device.type != accelerator.device.type
     model.eval()
-    prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
-    # Padded to equally many on each process: a sharded model needs all of them for every picture.
-    shares = accelerator.split_between_processes(list(enumerate(prompts)), apply_padding=True)
-    with torch.no_grad(), accelerator.autocast(), torch.compiler.set_stance("force_eager"), shares as own_prompts:
-        for index, prompt in own_prompts:
-            generator = torch.Generator().manual_seed(int(random_generator(seed, 2, index).integers(2**32)))
-            images.append((index, generate(prompt, generator)))
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), visiting(accelerator, *[model] * away):
+        yield accelerator.autocast()(model.__call__)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # a forward pass without a backward pass leaves it unsharded
     model.train(training)
+
+
+def validate(accelerator, args, model, generate, seed, step):
+    """Generate every validation prompt from fixed noise, and write the pictures as one grid and to the trackers."""
+    images = []
+    prompts = [prompt for prompt in args.validation_prompts for _ in range(args.num_validation_images)]
+    # Padded to equally many on each process: a sharded model needs all of them for every picture.
+    shares = accelerator.split_between_processes(list(enumerate(prompts)), apply_padding=True)
+    with evaluating(accelerator, model), accelerator.autocast(), shares as own_prompts:
+        for index, prompt in own_prompts:
+            generator = torch.Generator().manual_seed(int(random_generator(seed, 2, index).integers(2**32)))
+            images.append((index, generate(prompt, generator)))
     images = [image for _, image in sorted(dict(gather_object(images)).items())]
     if not accelerator.is_main_process:
         return
@@ -1322,12 +1355,63 @@ def log_plan(accelerator, args, model, run, first_step, last_step, validation_pe
     logger.info(f"to {args.output_dir}: a checkpoint every {args.checkpointing_steps} steps, {drawn}")
 
 
-def log_result(args, code):
-    """Log where everything is, and `code`: Python that generates a picture with the result."""
+def log_result(args, code, loss):
+    """Log where everything is, and `code`: Python that generates a picture with the result. loss: of `HeldOut`."""
     names = [name for name in ("README.md", "validation", args.logging_dir) if Path(args.output_dir, name).exists()]
     names = ", ".join([*names, f"{len(list_checkpoints(args.output_dir))} checkpoints"])
-    logger.info(f"saved the result in {args.output_dir}; there too: {names}")
+    logger.info(f"saved the result in {args.output_dir}; there too: {names}{loss}")
     tqdm.write(f"Generate a picture with it:\n\n{code}", file=sys.stderr)
+
+
+class HeldOut:
+    """Held-out rows and the history of their loss: the mean squared error on centre crops, whatever the run's flags."""
+
+    def __init__(self, accelerator, args, rows, preprocess, num_train_timesteps, start):
+        plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "snr_gamma": None}
+        plain |= {"noise_offset": 0, "input_perturbation": 0, "dream_training": False}
+        self.accelerator, self.args = accelerator, argparse.Namespace(**{**vars(args), **plain})
+        self.rows, self.num_train_timesteps, self.history = len(rows), num_train_timesteps, start.get("validation", [])
+        preprocess = functools.partial(preprocess.func, self.args, *preprocess.args[1:])
+        padding = -len(rows) % (args.train_batch_size * accelerator.num_processes)
+        positions = [position % len(rows) for position in range(len(rows) + padding)]
+        stream = ExampleStream(rows, preprocess, 2**64)  # the same noise in every run
+        self.batches = list(make_batches(accelerator, args, stream, positions)) if positions else []
+
+    def evaluate(self, step, model, training_losses, frozen_parts, log):
+        """Log the loss after `step` updates. Called by every process. Returns whether to keep a checkpoint for it."""
+        model, means = self.accelerator.unwrap_model(model), []
+        with evaluating(self.accelerator, model) as predict:
+            for part in range(1, 16, 2):  # the middles of eighths of the schedule
+                losses = []
+                for batch in self.batches:
+                    batch["timesteps"].fill_(self.num_train_timesteps * part // 16)
+                    losses.append(self.accelerator.gather(training_losses(batch, predict, *frozen_parts, self.args)))
+                means.append(math.fsum(torch.cat(losses)[: self.rows].tolist()) / self.rows)
+        values = {"validation_loss": math.fsum(means) / len(means)}
+        for quarter in range(4):
+            first, end = (self.num_train_timesteps * part // 4 for part in (quarter, quarter + 1))
+            values[f"validation_loss/t{first:03d}-{end - 1:03d}"] = math.fsum(means[2 * quarter : 2 * quarter + 2]) / 2
+        self.accelerator.log(values, step=step)
+        log.bar.set_description_str(f"validation loss {values['validation_loss']:.4f}", refresh=False)
+        lowest = min((entry["validation_loss"] for entry in self.history if entry["best"]), default=math.inf)
+        best = self.args.keep_best and values["validation_loss"] < lowest
+        train_loss = math.fsum(log.recent) / len(log.recent)
+        self.history.append({"step": step, "train_loss": train_loss, **values, "best": best})
+        logger.info(f"step {step}: validation loss {values['validation_loss']:.4f}")
+        path = Path(self.args.output_dir) / "validation" / "loss.png"
+        if self.accelerator.is_main_process and importlib.util.find_spec("matplotlib"):
+            with naming(f"{path} cannot be written"):
+                path.parent.mkdir(exist_ok=True)
+                axes = importlib.import_module("matplotlib.figure").Figure().subplots()
+                table = datasets.Dataset.from_list(self.history).to_pandas()
+                table.plot("step", ["train_loss", "validation_loss"], ax=axes, style=".-", ylabel="loss")
+                axes.figure.savefig(path)
+        return best
+
+    def summary(self):
+        """The checkpoint that is kept for its loss, as the end of a sentence."""
+        best = [entry for entry in self.history if entry["best"]][-1:]
+        return "".join(f"; lowest validation loss {e['validation_loss']:.4f}: checkpoint-{e['step']}" for e in best)
 
 
 class UpdateLog:
@@ -1335,7 +1419,7 @@ class UpdateLog:
 
     def __init__(self, accelerator, args, run, first_step, last_step):
         self.accelerator, self.batch_size = accelerator, run["batch_size"]
-        self.updates, self.nonfinite, self.started, self.waited = [], 0, None, 0.0
+        self.updates, self.nonfinite, self.started, self.waited, self.recent = [], 0, None, 0.0, []
         settings = {"wandb": {"settings": {"x_disable_meta": True}}}  # else it keeps the command line, with the token
         with naming(f"--report_to {args.report_to}"):
             accelerator.init_trackers(args.tracker_project_name, recorded_arguments(args, run["seed"]), settings)
@@ -1364,6 +1448,7 @@ class UpdateLog:
         for (step, walltime, _, learning_rate), (loss, norm) in zip(self.updates, values, strict=True):
             update = {"train_loss": loss, "grad_norm": norm, "lr": learning_rate, **speed}
             self.accelerator.log(update, step=step, log_kwargs={"tensorboard": {"walltime": walltime}})
+            self.recent = [*self.recent[-99:], loss]  # smoothed by the plot of losses
             self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
             if self.nonfinite >= (20 if self.accelerator.scaler else 1):  # fp16 skips some to find its loss scale
                 raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --learning_rate")
@@ -1396,6 +1481,8 @@ def write_model_card(args, base, name, seed, tags, text, code, **metadata):
         newest = max(Path(args.output_dir, "validation").glob("step-*.png"))
         prompts = as_json(args.validation_prompts, indent=2)
         parts += [f"![validation pictures](validation/{newest.name})", f"```json\n{prompts}\n```"]
+    if Path(args.output_dir, "validation", "loss.png").exists():
+        parts.append("![training and validation loss](validation/loss.png)")
     parts += [f"## Use\n\n```python\n{code}\n```", f"Flags of the run:\n\n```json\n{flags}\n```\n"]
     with naming(f"{args.output_dir}/README.md cannot be written"):
         Path(args.output_dir, "README.md").write_text("\n\n".join(parts), encoding="utf-8")

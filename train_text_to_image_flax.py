@@ -151,6 +151,7 @@ def parse_args(input_args=None):
     add("--output_dir", default="sd-model-finetuned", help="folder for the pipeline, its checkpoints and logs")
     add("--checkpointing_steps", type=count, default=500, help="updates between checkpoints")
     add("--checkpoints_total_limit", type=count, help="number of checkpoints to keep, the newest; default: all")
+    add("--keep_best", action="store_true", help="keep the checkpoint of the lowest validation loss besides the newest")
     add("--resume_from_checkpoint", nargs="?", const="latest", help="resume from checkpoint-<step> or the latest")
     add("--save_flax_weights", action="store_true", help="save the .msgpack files of FlaxStableDiffusionPipeline too")
 
@@ -158,6 +159,8 @@ def parse_args(input_args=None):
     add("--validation_prompts", nargs="+", help="prompts to generate pictures of, during training and at the end")
     add("--validation_epochs", type=count, default=5, help="epochs between validations")
     add("--validation_steps", type=count, help="updates between validations, instead of epochs")
+    add("--validation_rows", type=natural, default=0, help="rows held out of training, to compute a validation loss")
+    add("--validation_data_dir", help="folder of images with captions for the validation loss, instead of those rows")
     add("--logging_steps", type=count, default=10, help="updates between writings of the log; it has every update")
     add("--logging_dir", default="logs", help="folder of the TensorBoard logs, inside --output_dir")
     add("--report_to", default="tensorboard", choices=["none", "tensorboard", "wandb", "all"], help="tracker, or all")
@@ -177,6 +180,9 @@ def parse_args(input_args=None):
         parser.error("argument --cache_encodings: random crops cannot be cached; add --center_crop")
     if args.cache_encodings and Path(args.cache_encodings).resolve().is_relative_to(Path(args.output_dir).resolve()):
         parser.error("argument --cache_encodings: must not be inside --output_dir, which is uploaded as a whole")
+    held_out = bool(args.validation_rows) + bool(args.validation_data_dir)
+    if held_out > 1 or args.keep_best > held_out:
+        parser.error("arguments --validation_rows, --validation_data_dir: give one of them; --keep_best needs one")
     if os.path.normpath(os.path.join("logs", args.tracker_project_name)).split(os.sep)[0] != "logs":
         parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the folder of logs")
     if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # else connection errors print it
@@ -527,18 +533,19 @@ def check_architecture(models, tokenizer, resolution):
     return resolution // factor, resolution // factor, vae.latent_channels
 
 
-def prepare_rows(args, dataset, tokenizer, models, weights):
-    """The rows of the data set, or their cached encodings, and the function that turns one into an example."""
+def prepare_rows(args, parts, tokenizer, models, weights):
+    """The rows of each data set, or their cached encodings, and the function that turns one into an example."""
     tokenize_captions([""], tokenizer)  # sets up padding, which threads must not do at the same time
     if not args.cache_encodings:
-        return dataset, functools.partial(preprocess_train, args, tokenizer)
+        return parts, functools.partial(preprocess_train, args, tokenizer)
     dtype, rules = np.dtype(compute_type(args)), json.loads(tokenizer.backend_tokenizer.to_str())
     rules |= {"truncation": None, "padding": None}
     configs = [vars(models[part].config) for part in FROZEN]
     settings = [args.resolution, args.image_interpolation_mode, args.random_flip, dtype, rules, configs]
     encoder = make_encoder(args, models, weights)
     encode = functools.partial(encode_rows, args, tokenizer, encoder)
-    rows = cached_encodings(args, dataset, settings, [weights[part] for part in FROZEN], encode)
+    encoders = [weights[part] for part in FROZEN]
+    rows = [cached_encodings(args, dataset, settings, encoders, encode) for dataset in parts]
     (empty_caption,) = encoder("input_ids", tokenize_captions([""], tokenizer).input_ids)
     return rows, functools.partial(preprocess_encoded, args, dtype, empty_caption)
 
@@ -569,10 +576,10 @@ pipeline = StableDiffusionPipeline.from_pretrained({as_json(name)})
 pipeline({prompt}).images[0].save("picture.png")"""
 
 
-def save_model_card(args, name, seed, steps):
+def save_model_card(args, name, seed, steps, loss):
     """Write the card of the model `name`, --output_dir or a Hub id."""
     base, source = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
-    text = f"`{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates of its UNet."
+    text = f"`{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates of its UNet{loss}."
     tags = ["stable-diffusion", "stable-diffusion-diffusers"]
     write_model_card(args, base, name, seed, tags, text, usage(args, name))
 
@@ -600,14 +607,12 @@ def main(args):
     check_objective(prediction_type, alphas_cumprod)
 
     # Data, and the length of the run.
-    dataset = load_train_dataset(args, ["image_column", "caption_column"], args.seed)
-    if args.skip_bad_images or not args.cache_encodings:
-        dataset = dataset.select(on_first_process(readable_rows, args, dataset))
     rows = args.train_batch_size * jax.device_count()
     batch_size = rows * args.gradient_accumulation_steps
-    examples_left = max(0, args.num_train_epochs * len(dataset) - examples_seen)
+    parts, to_train, to_hold_out = load_data(args, ["image_column", "caption_column"], batch_size)
+    examples_left = max(0, args.num_train_epochs * len(to_train) - examples_seen)
     last_step = max(first_step, args.max_train_steps or first_step + math.ceil(examples_left / batch_size))
-    run = {"seed": args.seed, "batch_size": batch_size, "rows": len(dataset), "data": dataset._fingerprint}
+    run = {"seed": args.seed, "batch_size": batch_size, "rows": len(to_train), "data": parts[0]._fingerprint}
     run["architecture"] = vars(models["unet"].config)
     if checkpoint:
         before, now = start.get("architecture", {}), run["architecture"]
@@ -616,7 +621,7 @@ def main(args):
             what = f"is of another architecture: {', '.join(fields[:3])}" if before else "is of a PyTorch script"
             raise RunError(f"--resume_from_checkpoint {checkpoint}: {what}")
         check_resume(args, checkpoint, start, run)
-    validation_period = (args.validation_steps or 0) * batch_size or args.validation_epochs * len(dataset)  # examples
+    validation_period = (args.validation_steps or 0) * batch_size or args.validation_epochs * len(to_train)  # examples
 
     # Training state on the devices: weights, optimizer state, average.
     transform = make_optimizer_transform(args)
@@ -632,7 +637,8 @@ def main(args):
     log_plan(args, run, first_step, last_step, validation_period)
 
     # One stream of examples for the whole run, entered where the checkpoint left it.
-    stream = ExampleStream(*prepare_rows(args, dataset, tokenizer, models, weights), args.seed)
+    prepared, preprocess = prepare_rows(args, parts, tokenizer, models, weights)
+    stream = ExampleStream(prepared[0].select(to_train), preprocess, args.seed)
     positions = range(examples_seen, examples_seen + (last_step - first_step) * batch_size)
     micro_batches = read_ahead(stream, positions, rows, args.dataloader_num_workers)
     on_first_process(save_frozen_parts, args, folder, index, models, weights)
@@ -640,12 +646,17 @@ def main(args):
     frozen_weights = frozen_weights if args.cache_encodings and args.validation_prompts else {}
 
     # What runs on the devices, each compiled once.
-    def loss(params, frozen, batch, key):
+    def losses(params, frozen, batch, key, args):
         key = jax.random.wrap_key_data(key, impl="threefry2x32")
         noise = draw_noise(batch["positions"], key, latents_shape, len(alphas_cumprod))
         alphas = jnp.asarray(alphas_cumprod)
-        return training_losses(params, frozen, {**batch, **noise}, models, alphas, prediction_type, args).mean()
+        return training_losses(params, frozen, {**noise, **batch}, models, alphas, prediction_type, args)
 
+    def loss(params, frozen, batch, key):
+        return losses(params, frozen, batch, key, args).mean()
+
+    encoder = functools.partial(jax.jit(functools.partial(encode, models=models, dtype=dtype)), frozen=frozen)
+    held_out = HeldOut(args, prepared[-1].select(to_hold_out), preprocess, encoder, losses, len(alphas_cumprod), start)
     update = functools.partial(train_step, loss=loss, transform=transform, args=args)
     update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
     sampler = make_sampler(models, scheduler_config, prediction_type, VALIDATION_STEPS, dtype)
@@ -676,14 +687,17 @@ def main(args):
 
             stop = agreed(noted) if step < last_step else 0
             save = stop or step % args.checkpointing_steps == 0
-            draw = args.validation_prompts and step < last_step and not stop
-            draw = draw and examples_seen // validation_period > (examples_seen - batch_size) // validation_period
-            if save or draw or step % args.logging_steps == 0 or step in (first_step + 1, last_step):
+            due = (args.validation_prompts or held_out.batches) and not stop
+            due = due and examples_seen // validation_period > (examples_seen - batch_size) // validation_period
+            if save or due or step % args.logging_steps == 0 or step in (first_step + 1, last_step):
                 log.flush()
                 checkpoints.finish(wait=False)
+            if held_out.batches and (due or step == last_step):
+                save = held_out.evaluate(step, train_state.get("ema", train_state["params"]), mesh, log) or save
             if save:
-                checkpoints.save(train_state, {**run, "step": step, "examples_seen": examples_seen})
-            if draw:
+                state = {**run, "step": step, "examples_seen": examples_seen, "validation": [*held_out.history]}
+                checkpoints.save(train_state, state)
+            if due and args.validation_prompts and step < last_step:
                 validate(step)
             if stop:
                 break
@@ -699,11 +713,11 @@ def main(args):
         if args.validation_prompts:
             validate(last_step)
     if jax.process_index() == 0:
-        save_model_card(args, repo_id or args.output_dir, args.seed, last_step)
+        save_model_card(args, repo_id or args.output_dir, args.seed, last_step, held_out.summary())
     if args.push_to_hub:
         on_first_process(push_to_hub, args, repo_id)
     if jax.process_index() == 0:
-        log_result(args, usage(args, args.output_dir))
+        log_result(args, usage(args, args.output_dir), held_out.summary())
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
@@ -1472,12 +1486,27 @@ def naming(what):
 
 
 # Data sets and the stream of examples ---------------------------------------------------------------------------------
+def load_data(args, flags, batch_size):
+    """[data set, maybe another for validation], rows of the first to train on, held-out rows of the last."""
+    parts = [load_train_dataset(args, flags, args.seed)]
+    if folder := args.validation_data_dir:
+        other = {**vars(args), "dataset_name": None, "train_data_dir": folder, "max_train_samples": None}
+        parts.append(load_train_dataset(argparse.Namespace(**other), flags, args.seed))
+    if args.skip_bad_images or not args.cache_encodings:  # else the encoding names bad images
+        parts = [part.select(on_first_process(readable_rows, args, part)) for part in parts]
+    held_out, to_train = np.split(random_generator(args.seed, 5).permutation(len(parts[0])), [args.validation_rows])
+    if args.validation_rows and len(to_train) < batch_size:
+        raise RunError(f"--validation_rows {args.validation_rows}: of {len(parts[0])}, leaves no batch of {batch_size}")
+    return parts, np.sort(to_train), range(len(parts[1])) if folder else held_out
+
+
 def load_train_dataset(args, flags, seed):
     """Load the columns of the training split that `flags` name, images undecoded. Raises RunError."""
     source, columns = args.dataset_name or args.train_data_dir, [getattr(args, flag) for flag in flags]
+    folder_flag = "--validation_data_dir" if source == args.validation_data_dir else "--train_data_dir"
     if not args.dataset_name and not Path(source).is_dir():
-        raise RunError(f"--train_data_dir {source}: there is no such folder")
-    with naming(f"--dataset_name {source}" if args.dataset_name else f"--train_data_dir {source}"):
+        raise RunError(f"{folder_flag} {source}: there is no such folder")
+    with naming(f"--dataset_name {source}" if args.dataset_name else f"{folder_flag} {source}"):
         if any(Path(source, name).is_file() for name in ("state.json", "dataset_dict.json")):
             dataset = datasets.load_from_disk(source)
         else:
@@ -1488,7 +1517,7 @@ def load_train_dataset(args, flags, seed):
     found = dataset.column_names
     for flag, column in zip(flags, columns, strict=True):
         if column not in dataset.column_names:
-            raise RunError(f"--{flag} {column}: no such column in {found}; for captions of a folder see check_data.py")
+            raise RunError(f"--{flag} {column}: no such column in {source}, {found}; for captions see check_data.py")
         feature = dataset.features[column]
         is_list = isinstance(feature, datasets.List)
         with naming(f"--{flag} {column}: holds {feature}, which cannot be used"):
@@ -1783,6 +1812,8 @@ def check_resume(args, checkpoint, before, run):
     logger.info(f"resuming from {checkpoint}; changed: {changes or 'nothing'}")
     for key in (key for key in run if before[key] != run[key]):
         was = f"{checkpoint} was made with another {key.replace('_', ' ')} ({before[key]}, now {run[key]})"
+        if args.validation_rows and key in ("seed", "rows"):
+            raise RunError(f"{was}; --validation_rows would hold out rows that it was trained on")
         logger.warning(f"{was}; the result will differ from that of an uninterrupted run")
 
 
@@ -1825,8 +1856,9 @@ class CheckpointWriter:
             self.checkpointer.wait_until_finished()
             if jax.process_index() == 0:
                 flush_to_disk(self.path.parent)
-                kept = self.args.checkpoints_total_limit or sys.maxsize
-                for _, path in list_checkpoints(self.path.parent)[:-kept]:
+                best = [entry["step"] for entry in self.state["validation"] if entry["best"]][-1:]
+                found, newest = list_checkpoints(self.path.parent), self.args.checkpoints_total_limit or sys.maxsize
+                for path in (path for step, path in found[:-newest] if step not in best):
                     shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))  # a crash leaves no half of one
         logger.info(f"saved {self.path}")
         self.path = None
@@ -2140,12 +2172,68 @@ def log_plan(args, run, first_step, last_step, validation_period):
     logger.info(f"to {args.output_dir}: a checkpoint every {args.checkpointing_steps} steps, {drawn}")
 
 
-def log_result(args, code):
-    """Log where everything is, and `code`: Python that generates a picture with the result."""
+def log_result(args, code, loss):
+    """Log where everything is, and `code`: Python that generates a picture with the result. loss: of `HeldOut`."""
     names = [name for name in ("README.md", "validation", args.logging_dir) if Path(args.output_dir, name).exists()]
     names = ", ".join([*names, f"{len(list_checkpoints(args.output_dir))} checkpoints"])
-    logger.info(f"saved the result in {args.output_dir}; there too: {names}")
+    logger.info(f"saved the result in {args.output_dir}; there too: {names}{loss}")
     tqdm.write(f"Generate a picture with it:\n\n{code}", file=sys.stderr)
+
+
+class HeldOut:
+    """Held-out rows and the history of their loss: the mean squared error on centre crops, whatever the run's flags."""
+
+    def __init__(self, args, rows, preprocess, encoder, losses, num_train_timesteps, start):
+        plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "snr_gamma": None}
+        plain |= {"noise_offset": 0, "input_perturbation": 0, "dream_training": False}
+        self.args = argparse.Namespace(**{**vars(args), **plain})
+        self.losses = jax.jit(functools.partial(losses, args=self.args))
+        self.rows, self.num_train_timesteps = len(rows), num_train_timesteps
+        self.history = start.get("validation", [])  # a dict per evaluation; in the checkpoints
+        preprocess = functools.partial(preprocess.func, self.args, *preprocess.args[1:])
+        stream = ExampleStream(rows, preprocess, 2**64)  # the same noise in every run
+        self.size = args.train_batch_size * jax.device_count()
+        positions = [position % len(rows) for position in range(len(rows) + -len(rows) % self.size)]
+        batches = read_ahead(stream, positions, self.size, args.dataloader_num_workers)
+        sharding = NamedSharding(device_mesh(jax.devices()), PartitionSpec("data"))
+        to_devices = functools.partial(jax.make_array_from_process_local_data, sharding)
+        batches = (jax.tree.map(to_devices, batch) for batch in batches)
+        self.batches = [batch if "moments" in batch else {**batch, **encoder(batch)} for batch in batches]
+
+    def evaluate(self, step, params, mesh, log):
+        """Log the loss after `step` updates. Called by every process. Returns whether to keep a checkpoint for it."""
+        means, key = [], place(random_generator(2**64, 4).integers(2**32, size=2, dtype=np.uint32), mesh)
+        for part in range(1, 16, 2):  # the middles of eighths of the schedule
+            timestep = np.int32(self.num_train_timesteps * part // 16)
+            timesteps = {"timesteps": place(np.full(self.size, timestep), mesh)}
+            losses = [self.losses(params, {}, {**batch, **timesteps}, key) for batch in self.batches]
+            losses = np.concatenate(multihost_utils.process_allgather(losses, tiled=True))
+            means.append(math.fsum(losses[: self.rows].tolist()) / self.rows)
+        values = {"validation_loss": math.fsum(means) / len(means)}
+        for quarter in range(4):
+            first, end = (self.num_train_timesteps * part // 4 for part in (quarter, quarter + 1))
+            values[f"validation_loss/t{first:03d}-{end - 1:03d}"] = math.fsum(means[2 * quarter : 2 * quarter + 2]) / 2
+        log.write(values, step)
+        log.bar.set_description_str(f"validation loss {values['validation_loss']:.4f}", refresh=False)
+        lowest = min((entry["validation_loss"] for entry in self.history if entry["best"]), default=math.inf)
+        best = self.args.keep_best and values["validation_loss"] < lowest
+        train_loss = math.fsum(log.recent) / len(log.recent)
+        self.history.append({"step": step, "train_loss": train_loss, **values, "best": best})
+        logger.info(f"step {step}: validation loss {values['validation_loss']:.4f}")
+        path = Path(self.args.output_dir) / "validation" / "loss.png"
+        if jax.process_index() == 0 and importlib.util.find_spec("matplotlib"):
+            with naming(f"{path} cannot be written"):
+                path.parent.mkdir(exist_ok=True)
+                axes = importlib.import_module("matplotlib.figure").Figure().subplots()
+                table = datasets.Dataset.from_list(self.history).to_pandas()
+                table.plot("step", ["train_loss", "validation_loss"], ax=axes, style=".-", ylabel="loss")
+                axes.figure.savefig(path)
+        return best
+
+    def summary(self):
+        """The checkpoint that is kept for its loss, as the end of a sentence."""
+        best = [entry for entry in self.history if entry["best"]][-1:]
+        return "".join(f"; lowest validation loss {e['validation_loss']:.4f}: checkpoint-{e['step']}" for e in best)
 
 
 class UpdateLog:
@@ -2153,7 +2241,7 @@ class UpdateLog:
 
     def __init__(self, args, batch_size, first_step, last_step):
         self.args, self.batch_size, self.tensorboard, self.wandb = args, batch_size, None, None
-        self.updates, self.nonfinite, self.started, self.waited = [], 0, None, 0.0
+        self.updates, self.nonfinite, self.started, self.waited, self.recent = [], 0, None, 0.0, []
         hidden = jax.process_index() != 0 or first_step >= last_step
         self.bar = progress_bar(last_step, "step", initial=first_step, disable=hidden)
         arguments, project = recorded_arguments(args, args.seed), args.tracker_project_name
@@ -2188,11 +2276,9 @@ class UpdateLog:
         speed = {"examples_per_second": len(values) * self.batch_size / seconds, "data_wait": self.waited / seconds}
         for (step, walltime, _), metrics in zip(self.updates, values, strict=True):
             update = {name: float(value) for name, value in metrics.items()} | speed
-            for name, value in update.items() if self.tensorboard else ():
-                self.tensorboard.add_scalar(name, value, step, walltime)
-            if self.wandb:
-                self.wandb.log(update, step=step)
+            self.write(update, step, walltime)
             loss, norm = update["train_loss"], update["grad_norm"]
+            self.recent = [*self.recent[-99:], loss]  # smoothed by the plot of losses
             self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
             if self.nonfinite >= (20 if self.args.mixed_precision == "fp16" else 1):  # it searches for its loss scale
                 raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --learning_rate")
@@ -2202,6 +2288,13 @@ class UpdateLog:
             raise RunError("--logging_dir: the TensorBoard log cannot be written any more; is the disk full?")
         self.bar.set_postfix_str(f"loss={loss:.4f}, images/s={speed['examples_per_second']:.1f}", refresh=False)
         self.updates, self.started, self.waited = [], None, 0.0
+
+    def write(self, values, step, walltime=None):
+        """Log {name: number} in the trackers."""
+        for name, value in values.items() if self.tensorboard else ():
+            self.tensorboard.add_scalar(name, value, step, walltime)
+        if self.wandb:
+            self.wandb.log(values, step=step)
 
     def close(self):
         self.bar.close()
@@ -2236,6 +2329,8 @@ def write_model_card(args, base, name, seed, tags, text, code, **metadata):
         newest = max(Path(args.output_dir, "validation").glob("step-*.png"))
         prompts = as_json(args.validation_prompts, indent=2)
         parts += [f"![validation pictures](validation/{newest.name})", f"```json\n{prompts}\n```"]
+    if Path(args.output_dir, "validation", "loss.png").exists():
+        parts.append("![training and validation loss](validation/loss.png)")
     parts += [f"## Use\n\n```python\n{code}\n```", f"Flags of the run:\n\n```json\n{flags}\n```\n"]
     with naming(f"{args.output_dir}/README.md cannot be written"):
         Path(args.output_dir, "README.md").write_text("\n\n".join(parts), encoding="utf-8")

@@ -23,13 +23,13 @@ PART_ONE = {
     "train_text_to_image_decoder.py": 580,
 }
 WHOLE = {
-    "train_text_to_image.py": 1550,
-    "train_text_to_image_prior.py": 1441,
-    "train_text_to_image_decoder.py": 1446,
-    FLAX: 2281,
+    "train_text_to_image.py": 1637,
+    "train_text_to_image_prior.py": 1529,
+    "train_text_to_image_decoder.py": 1533,
+    FLAX: 2376,
     CHECK_DATA: 243,  # it explains what users bring, and mends it, so that the scripts need not
 }
-MACHINERY, LONGEST_LINE, LONGEST_MAIN, LONGEST_FUNCTION, DEEPEST = 876, 120, 140, 40, 5
+MACHINERY, LONGEST_LINE, LONGEST_MAIN, LONGEST_FUNCTION, DEEPEST = 956, 120, 140, 40, 5
 
 SCRIPTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in WHOLE if (ROOT / name).exists()}
 TRAINING = {name: source for name, source in SCRIPTS.items() if name != CHECK_DATA}
@@ -64,6 +64,7 @@ WITHOUT_EFFECT = {"local_rank", "foreach_ema", "from_pt"}
 ANOTHER_NAME = {"validation_prompt"}
 # Ours beyond upstream's.
 NEW = {"proportion_empty_prompts", "validation_steps", "logging_steps", "skip_bad_images", "cache_encodings"}
+NEW |= {"validation_rows", "validation_data_dir", "keep_best"}
 NEW_IN_PYTORCH = NEW | {"compile", "deterministic", "half_precision_norms", "lora_alpha", "lora_target_modules"}
 NEW_IN_PYTORCH |= {"rank", "validation_prompt", "num_validation_images"}  # of upstream's LoRA scripts
 NEW_FLAGS = {

@@ -19,7 +19,7 @@ import safetensors.numpy
 import tiny
 import transformers
 from conftest import ROOT, command_line
-from faults import jax_places
+from faults import jax_places, state_of_run
 from safetensors.numpy import load_file, save_file
 from test_flax_training import SCRIPT, WEIGHTS, after_step, load_models, run_code, same_tensors, train
 from test_training import losses_of, unet_of
@@ -48,7 +48,16 @@ def rows_of(flags):
     models, weights = load_models(args.pretrained_model_name_or_path)
     dataset = script.load_train_dataset(args, ["image_column", "caption_column"], 0)
     tokenizer = transformers.CLIPTokenizer.from_pretrained(f"{args.pretrained_model_name_or_path}/tokenizer")
-    return script.prepare_rows(args, dataset, tokenizer, models, weights)
+    (rows,), preprocess = script.prepare_rows(args, [dataset], tokenizer, models, weights)
+    return rows, preprocess
+
+
+def validation_losses(output_dir):
+    """Two numbers of every quarter of the timesteps and of all, in the state of checkpoint 4."""
+    entries = state_of_run(output_dir / "checkpoint-4")["validation"]
+    values = [entry[tag] for entry in entries for tag in entry if tag.startswith("validation_loss")]
+    assert len(values) == 10
+    return values
 
 
 def tensors_of(rows, row):
@@ -66,7 +75,8 @@ def folders_in(flags):
 def test_weights_are_those_of_a_run_without_the_cache(flags, tmp_path, monkeypatch):
     """Up to float32 rounding, for the encoders are compiled apart from the rest; AdamW divides a gradient by its own
     size, so that rounding would be all there is of one near 0, if its epsilon were not above that. The second run from
-    the cache encodes nothing."""
+    the cache encodes nothing. Likewise the loss of held-out rows."""
+    flags |= {"validation_rows": 3, "validation_steps": 2, "checkpointing_steps": 4}
     train({**flags, "cache_encodings": None, "output_dir": tmp_path / "plain"})
     compiled, handler = [], logging.Handler()
     handler.emit = lambda record: compiled.extend(re.findall(r"^Compiling jit\((.*?)\) ", record.getMessage()))
@@ -90,6 +100,9 @@ def test_weights_are_those_of_a_run_without_the_cache(flags, tmp_path, monkeypat
     print(f"largest difference of a weight: {largest:.1e}")
     assert largest < 1e-5
     np.testing.assert_allclose(losses_of(tmp_path / "plain"), losses_of(tmp_path / "first"), rtol=1e-5)
+    plain, first, second = (validation_losses(tmp_path / name) for name in ("plain", "first", "second"))
+    assert first == second
+    assert plain == pytest.approx(first, rel=1e-6)
 
 
 def test_flips_captions_and_their_absence_are_drawn_as_without_the_cache(flags):

@@ -27,7 +27,7 @@ import transformers
 from conftest import ROOT, command_line, launch, run
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from faults import jax_places
+from faults import jax_places, state_of_run
 from hub import Hub
 from safetensors.torch import load_file
 from test_checkpoints import names_in
@@ -584,6 +584,7 @@ def one_device(pipeline_folder, images_folder, tmp_path_factory):
     flags = {"pretrained_model_name_or_path": pipeline_folder, "train_data_dir": images_folder, "resolution": 32}
     flags |= {"train_batch_size": 4, "max_train_steps": 4, "learning_rate": 1e-2, "use_ema": True, "seed": 0}
     flags |= {"checkpointing_steps": 2, "output_dir": tmp_path_factory.mktemp("one_device") / "output"}
+    flags |= {"validation_rows": 3, "validation_steps": 2, "keep_best": True, "checkpoints_total_limit": 2}
     train(flags)
     return SimpleNamespace(flags=flags, output=flags["output_dir"], losses=np.array(losses_of(flags["output_dir"])))
 
@@ -645,6 +646,27 @@ def test_a_checkpoint_of_one_device_resumes_on_four(one_device, four_devices):
 def test_a_spread_checkpoint_of_four_devices_resumes_on_one(one_device, four_devices, tmp_path):
     train({**one_device.flags, **with_checkpoint(four_devices["sharded"][0] / "checkpoint-2", tmp_path)})
     np.testing.assert_allclose(losses_of(tmp_path), one_device.losses[2:], rtol=1e-5)
+
+
+def test_the_validation_loss_is_the_same_on_four_devices_and_after_a_resume(one_device, four_devices):
+    tags = ["validation_loss", *(f"validation_loss/t{t:03d}-{t + 249}" for t in (0, 250, 500, 750))]
+    losses = {}
+    for output in (one_device.output, *(output for output, _ in four_devices.values())):
+        entries = state_of_run(output / "checkpoint-4")["validation"]
+        assert [entry["step"] for entry in entries] == [2, 4]
+        losses[output.name] = [entry[tag] for tag in tags for entry in entries]
+    for name, values in losses.items():
+        difference = np.abs(np.divide(values, losses["output"]) - 1).max()
+        print(f"{name}: {difference:.1e}")
+        assert difference < 1e-6
+    events = events_of(one_device.output)
+    assert [event.value for tag in tags for event in events.Scalars(tag)] == pytest.approx(losses["output"], rel=1e-6)
+    assert PIL.Image.open(one_device.output / "validation" / "loss.png").size[0] > 300
+    best = min(losses["output"][:2])
+    said = f"; lowest validation loss {best:.4f}: checkpoint-{2 if best == losses['output'][0] else 4}."
+    card = (one_device.output / "README.md").read_text()
+    assert said in card
+    assert "(validation/loss.png)" in card
 
 
 # Two processes --------------------------------------------------------------------------------------------------------

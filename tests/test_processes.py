@@ -190,7 +190,7 @@ def flags_of(inputs, script):
     flags = {**inputs[script], "max_train_steps": 4, "checkpointing_steps": 2, "use_ema": True, "seed": 0}
     flags |= {"shard_params": True} if script == FLAX else {}
     flags |= {"learning_rate": 1e-4, "lr_scheduler": "cosine", "lr_warmup_steps": 0, "adam_epsilon": 1e-6}
-    return {**flags, "proportion_empty_prompts": 0.2}
+    return {**flags, "proportion_empty_prompts": 0.2, "validation_rows": 3, "validation_steps": 2}
 
 
 ONE = {"train_batch_size": 2, "gradient_accumulation_steps": 2}  # 1 process x 2 steps x 2 images
@@ -299,6 +299,22 @@ def test_two_processes_train_as_one_does(script, both_ways):
     largest = max(difference(script, runs["one"], runs["two"], step) for step in (2, 4))
     print(f"{script}: 1 and 2 processes: {largest:.1e}")
     assert largest <= 1e-5
+
+
+@every_script
+def test_the_validation_loss_is_that_of_one_process(script, both_ways):
+    """Of 3 rows: one of two processes repeats one, or all of a batch."""
+    runs = both_ways(script)
+    losses = {}
+    for name in ("one", "two", *WAYS[script]):
+        if (runs[name] / "checkpoint-4").exists():
+            entries = faults.state_of_run(runs[name] / "checkpoint-4")["validation"]
+            losses[name] = [entry[tag] for entry in entries for tag in entry if tag.startswith("validation_loss")]
+    assert len(losses) == (2 if script in (PRIOR, DECODER) else 2 + len(WAYS[script]))
+    assert all(len(values) == 10 for values in losses.values())  # of two evaluations: all timesteps, and four quarters
+    difference = max(np.abs(np.divide(values, losses["one"]) - 1).max() for values in losses.values())
+    print(f"{script}: {difference:.1e}")
+    assert difference <= 1e-6
 
 
 @either_framework

@@ -68,7 +68,12 @@ def archive(folder, path):
 
 def arguments(flags):
     defaults = {"dataset_name": None, "train_data_dir": None, "dataset_config_name": None, "cache_dir": None}
-    defaults |= {"image_column": "image", "max_train_samples": None, "skip_bad_images": False}
+    defaults |= {
+        "image_column": "image",
+        "max_train_samples": None,
+        "skip_bad_images": False,
+        "validation_data_dir": None,
+    }
     paths = {name: str(flags[name]) for name in ("dataset_name", "train_data_dir") if flags.get(name)}
     return argparse.Namespace(**{**defaults, "caption_column": "text", **flags, **paths})
 
