@@ -459,11 +459,12 @@ def check_architecture(unet, vae, text_encoder, tokenizer, resolution):
 
     Raises RunError.
     """
-    context_width = unet.config.cross_attention_dim
+    if unet.config.addition_embed_type == "text_time":
+        raise RunError("not Stable Diffusion 1.x or 2.x but XL, which train_text_to_image_sdxl.py trains")
     pairs = {
         "the tokenizer's tokens and the text encoder's": (len(tokenizer), text_encoder.config.vocab_size),
         "the UNet's input channels and the VAE's": (unet.config.in_channels, vae.config.latent_channels),
-        "the UNet's context width and the text states'": (context_width, text_encoder.config.hidden_size),
+        "the UNet's context width and the text's": (unet.config.cross_attention_dim, text_encoder.config.hidden_size),
         "the UNet's added conditions and Stable Diffusion's": (unet.config.addition_embed_type, None),
     }
     for what, (found, expected) in pairs.items():
@@ -525,8 +526,7 @@ def save_adapter(unet, folder):
     adapter, config = get_peft_model_state_dict(unet), unet.peft_config["default"]
     StableDiffusionPipeline.save_lora_weights(folder, adapter, unet_lora_adapter_metadata=config.to_dict())
     kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in adapter.items()})
-    for name in (name for name in kohya if name.endswith(".alpha")):
-        kohya[name] = torch.tensor(float(config.lora_alpha))  # instead of the rank
+    kohya |= {k: torch.tensor(float(config.lora_alpha)) for k in kohya if k.endswith(".alpha")}  # instead of the rank
     save_file(kohya, Path(folder, "pytorch_lora_weights_kohya.safetensors"))
 
 
@@ -581,6 +581,7 @@ def main(args):
             unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True)
         else:
             unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **unet_weights)
+        latents_shape = check_architecture(unet, vae, text_encoder, tokenizer, args.resolution)
         if args.rank:
             add_adapter(args, unet, frozen_dtype, seed, checkpoint and checkpoint / "unet")
         ema_unet = make_ema(args, unet, checkpoint and checkpoint / "unet_ema") if args.use_ema else None
@@ -590,7 +591,6 @@ def main(args):
             parts = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
             parts |= {**absent_parts(path), "safety_checker": None, "requires_safety_checker": False}
             validation_pipeline = StableDiffusionPipeline.from_pretrained(path, **parts, **hub)
-    latents_shape = check_architecture(unet, vae, text_encoder, tokenizer, args.resolution)
     for frozen in (vae, text_encoder):
         frozen.requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions
     prediction_type = args.prediction_type or noise_scheduler.config.prediction_type
@@ -1158,7 +1158,7 @@ def check_output_dir(args, *models):
 
 def check_models(args):
     """Raise RunError if a pipeline to start from is a file, or a local folder that is missing or lacks full weights."""
-    for flag, path in ((flag, path) for flag, path in vars(args).items() if flag.startswith("pretrained")):
+    for flag, path in ((flag, path) for flag, path in vars(args).items() if flag.startswith("pretrained") and path):
         if Path(path).is_file():
             raise RunError(f"--{flag} {path}: is a single file; convert it by from_single_file and save_pretrained")
         if path.startswith(("/", ".")) and not Path(path).is_dir():

@@ -1050,7 +1050,7 @@ def check_output_dir(args, *models):
 
 def check_models(args):
     """Raise RunError if a pipeline to start from is a file, or a local folder that is missing or lacks full weights."""
-    for flag, path in ((flag, path) for flag, path in vars(args).items() if flag.startswith("pretrained")):
+    for flag, path in ((flag, path) for flag, path in vars(args).items() if flag.startswith("pretrained") and path):
         if Path(path).is_file():
             raise RunError(f"--{flag} {path}: is a single file; convert it by from_single_file and save_pretrained")
         if path.startswith(("/", ".")) and not Path(path).is_dir():

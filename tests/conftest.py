@@ -59,12 +59,14 @@ def folders(tmp_path_factory, pipeline_folder):
     """The folders of pipelines by the flag that names them, for each PyTorch script."""
     import tiny
 
-    prior, decoder = tmp_path_factory.mktemp("prior"), tmp_path_factory.mktemp("decoder")
+    prior, decoder, xl = (tmp_path_factory.mktemp(name) for name in ("prior", "decoder", "xl"))
+    tiny.make_stable_diffusion_xl(xl)
     tiny.make_kandinsky_prior(prior)
     tiny.make_kandinsky_decoder(decoder)
     of_prior = {"pretrained_prior_model_name_or_path": prior}
     return {
         "train_text_to_image": {"pretrained_model_name_or_path": pipeline_folder},
+        "train_text_to_image_sdxl": {"pretrained_model_name_or_path": xl},
         "train_text_to_image_prior": of_prior,
         "train_text_to_image_decoder": {**of_prior, "pretrained_decoder_model_name_or_path": decoder},
     }

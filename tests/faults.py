@@ -33,7 +33,7 @@ from pathlib import Path
 import forks
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = [f"train_text_to_image{suffix}" for suffix in ("", "_prior", "_decoder", "_flax")]
+SCRIPTS = [f"train_text_to_image{suffix}" for suffix in ("", "_prior", "_decoder", "_flax", "_sdxl")]
 TRAINED = {script: "prior" if script.endswith("prior") else "unet" for script in SCRIPTS}
 PAUSE = float(os.environ.get("FAULTS_PAUSE", "0.2"))  # seconds
 # What is waited for before a kill, in turn. The last kill of all hits the saving of the result.
@@ -107,15 +107,15 @@ def make_inputs(folder):
     import tiny
 
     tiny.make_stable_diffusion(folder / "pipeline", levels=1)
+    tiny.make_stable_diffusion_xl(folder / "xl")
     tiny.make_kandinsky_prior(folder / "prior")
     tiny.make_kandinsky_decoder(folder / "decoder")
     data = {"train_data_dir": tiny.make_images(folder / "images", caption_lists=True), "resolution": tiny.RESOLUTION}
     kandinsky = {f"pretrained_{part}_model_name_or_path": folder / part for part in ("prior", "decoder")}
     stable_diffusion = {"pretrained_model_name_or_path": folder / "pipeline", "random_flip": True}
-    return {
-        script: {**data, **(kandinsky if re.search("prior|decoder", script) else stable_diffusion)}
-        for script in SCRIPTS
-    }
+    xl = {**stable_diffusion, "pretrained_model_name_or_path": folder / "xl", "num_validation_images": 1}
+    own = {script: kandinsky for script in SCRIPTS if re.search("prior|decoder", script)} | {SCRIPTS[-1]: xl}
+    return {script: {**data, **own.get(script, stable_diffusion)} for script in SCRIPTS}
 
 
 def flags_of_run(inputs, steps):

@@ -13,6 +13,7 @@ METADATA = re.compile(r"\A# /// script\n(?:#(?: .*)?\n)+?# ///\n")
 # The packages that each script imports are those of a file; check_data.py needs three, with the bounds that they have.
 REQUIREMENTS = {
     "train_text_to_image.py": "requirements.txt",
+    "train_text_to_image_sdxl.py": "requirements.txt",
     "train_text_to_image_prior.py": "requirements.txt",
     "train_text_to_image_decoder.py": "requirements.txt",
     "train_text_to_image_flax.py": "requirements_flax.txt",

@@ -26,8 +26,9 @@ from safetensors.torch import load_file
 
 from train_text_to_image import RunError
 
-TRAINED = {"train_text_to_image": "unet", "train_text_to_image_prior": "prior", "train_text_to_image_decoder": "unet"}
-STABLE_DIFFUSION, PRIOR, DECODER = TRAINED
+SUFFIXES = {"": "unet", "_prior": "prior", "_decoder": "unet", "_sdxl": "unet"}
+TRAINED = {f"train_text_to_image{suffix}": name for suffix, name in SUFFIXES.items()}
+STABLE_DIFFUSION, PRIOR, DECODER, SDXL = TRAINED
 MANY = 1100  # rows of more than one file
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 
@@ -49,7 +50,7 @@ def cached(folders, tmp_path):
         flags |= {"train_batch_size": 3, "max_train_steps": 4, "learning_rate": 1e-3, "lr_warmup_steps": 0, "seed": 0}
         # With AdamW's own epsilon, a rounding error decides the sign of its first updates where the gradient is near 0.
         flags |= {"adam_epsilon": 1e-5, "use_ema": True, "proportion_empty_prompts": 0.3}
-        if script == STABLE_DIFFUSION:
+        if script in (STABLE_DIFFUSION, SDXL):
             flags |= {"center_crop": True, "random_flip": True, "noise_offset": 0.1}
         return {**flags, "cache_encodings": tmp_path / "cache"}
 
@@ -123,7 +124,7 @@ def test_weights_are_those_of_a_run_without_the_cache(script, cached, encoded, t
     run({**flags, "cache_encodings": None, "output_dir": tmp_path / "without"}, script)
     assert encoded.take() == 4 * 3  # every image of every update
     run(flags, script)
-    assert encoded.take() == (2 if script == STABLE_DIFFUSION else 1) * 8  # both flips of each
+    assert encoded.take() == (2 if script in (STABLE_DIFFUSION, SDXL) else 1) * 8  # both flips of each
     assert difference(script, tmp_path / "without", flags["output_dir"]) < 1e-5
     run({**flags, "output_dir": tmp_path / "again", "dataloader_num_workers": 2}, script)
     assert encoded.take() == 0

@@ -36,7 +36,7 @@ def parse(*words):
 # The flags ------------------------------------------------------------------------------------------------------------
 
 
-STABLE_DIFFUSION = {"train_text_to_image": 57, "train_text_to_image_flax": 34}
+STABLE_DIFFUSION = {"train_text_to_image": 57, "train_text_to_image_sdxl": 59, "train_text_to_image_flax": 34}
 
 
 @pytest.mark.parametrize(("script", "number"), STABLE_DIFFUSION.items())
@@ -53,7 +53,8 @@ def test_flag_of_upstream(script, flag):
     module = importlib.import_module(script)
 
     def parse(*words):
-        return vars(module.parse_args([*REQUIRED, *words]))
+        parsed = vars(module.parse_args([*REQUIRED, *words]))
+        return {**parsed, "validation_prompt": (parsed["validation_prompts"] or [None])[0]}  # another name of one
 
     if flag not in REQUIRED:
         assert parse()[name] == facts["default"] or flag in FASTER
@@ -64,6 +65,7 @@ def test_flag_of_upstream(script, flag):
     restricted = {
         "--prediction_type": ["epsilon", "v_prediction", "sample"],
         "--report_to": ["tensorboard", "wandb", "all", "none"],
+        "--image_interpolation_mode": ["bicubic", "lanczos"],
     }
     values = facts.get("choices") or restricted.get(flag) or [value]
     for value in values:

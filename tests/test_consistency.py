@@ -19,11 +19,13 @@ FLAX, CHECK_DATA = "train_text_to_image_flax.py", "check_data.py"
 # Lines, at the most: before the machinery, and of the whole file; without the inline metadata, which nobody reads.
 PART_ONE = {
     "train_text_to_image.py": 690,
+    "train_text_to_image_sdxl.py": 740,
     "train_text_to_image_prior.py": 580,
     "train_text_to_image_decoder.py": 580,
 }
 WHOLE = {
     "train_text_to_image.py": 1637,
+    "train_text_to_image_sdxl.py": 1696,
     "train_text_to_image_prior.py": 1529,
     "train_text_to_image_decoder.py": 1533,
     FLAX: 2376,
@@ -42,6 +44,13 @@ OWN = {
     "main": "the models",
     "check_output_dir": "an adapter is the result of a run too; JAX trains none",
 }
+# The same for one script alone.
+OWN_OF = {
+    "train_text_to_image_sdxl.py": {
+        "train_transforms": "it also returns what the UNet is told of size and crop",
+        "tokenize_captions": "there are two tokenizers",
+    }
+}
 # Flags that differ on purpose: {flag: why}.
 INTENDED_FLAGS = {
     "train_data_dir": "the decoder needs no captions",
@@ -50,6 +59,9 @@ INTENDED_FLAGS = {
     "output_dir": "the upstream scripts' defaults",
     "train_batch_size": "the upstream scripts' defaults",
     "adam_weight_decay": "the upstream scripts' defaults",
+    "num_validation_images": "the upstream scripts' defaults",
+    "validation_epochs": "the upstream scripts' defaults",
+    "tracker_project_name": "the upstream scripts' defaults",
     "seed": "the upstream scripts' defaults",
     "mixed_precision": "accelerate has a configuration of its own to default to, JAX has none",
     "report_to": "accelerate knows more trackers",
@@ -69,6 +81,8 @@ NEW_IN_PYTORCH = NEW | {"compile", "deterministic", "half_precision_norms", "lor
 NEW_IN_PYTORCH |= {"rank", "validation_prompt", "num_validation_images"}  # of upstream's LoRA scripts
 NEW_FLAGS = {
     "train_text_to_image.py": NEW_IN_PYTORCH,
+    "train_text_to_image_sdxl.py": NEW_IN_PYTORCH
+    | {"validation_prompts", "tracker_project_name", "offload_ema", "train_text_encoder"},
     "train_text_to_image_prior.py": NEW_IN_PYTORCH | {"gradient_checkpointing"},
     "train_text_to_image_decoder.py": NEW_IN_PYTORCH,
     # What the PyTorch script has and upstream's Flax script lacks, and three flags of its own.
@@ -108,7 +122,10 @@ def definitions(source):
 
 def compared(sources, left_out):
     """{script: {name: text}} of the definitions whose text has no match of the pattern `left_out` in any script."""
-    tables = {script: definitions(source) for script, source in sources.items()}
+    tables = {
+        script: {name: text for name, text in definitions(source).items() if name not in OWN_OF.get(script, ())}
+        for script, source in sources.items()
+    }
     other = {name for table in tables.values() for name, text in table.items() if re.search(left_out, text)}
     return {script: {n: t for n, t in table.items() if n not in other | OWN.keys()} for script, table in tables.items()}
 

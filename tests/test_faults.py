@@ -28,7 +28,7 @@ from faults import (
     largest_difference,
 )
 
-STABLE_DIFFUSION, PRIOR, DECODER, FLAX = SCRIPTS
+STABLE_DIFFUSION, PRIOR, DECODER, FLAX, SDXL = SCRIPTS
 STEPS = 12
 
 # The machinery is the same text in the PyTorch scripts.
@@ -77,12 +77,15 @@ def assert_resumes(script, flags, whole_run, capfd):
 # kill -9 --------------------------------------------------------------------------------------------------------------
 
 
-@either_framework
-def test_killed_inside_a_save_a_prune_and_the_result(script, whole, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "moments"),
+    [(STABLE_DIFFUSION, ["save", "prune", "result"]), (SDXL, ["save"]), (FLAX, ["save", "prune", "result"])],
+)
+def test_killed_inside_a_save_a_prune_and_the_result(script, moments, whole, tmp_path):
     """And gone on with each time: results and last checkpoints do not differ by a bit."""
     flags = {**whole(script).flags, "output_dir": tmp_path / "killed"}
-    places = faults.kill_again_and_again(script, flags, ["save", "prune", "result"], 0, tmp_path, print)
-    assert places.total() == 3
+    places = faults.kill_again_and_again(script, flags, moments, 0, tmp_path, print)
+    assert places.total() == len(moments)
     assert places["save"] >= 1
     assert difference_of_runs(script, whole(script).output, tmp_path / "killed", STEPS) == 0.0
 

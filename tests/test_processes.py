@@ -25,7 +25,7 @@ import tiny
 from conftest import ROOT, command_line, reset_accelerate, run
 from faults import SCRIPTS, TRAINED, Process, largest_difference
 
-STABLE_DIFFUSION, PRIOR, DECODER, FLAX = SCRIPTS
+STABLE_DIFFUSION, PRIOR, DECODER, FLAX, SDXL = SCRIPTS
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 # Processes that made the checkpoint, and that go on from it. In JAX other numbers are tested by devices.
 WAYS = {script: ("2 to 2",) if "flax" in script else ("2 to 2", "2 to 1", "1 to 2") for script in SCRIPTS}
@@ -78,7 +78,8 @@ for name in ("safetensors", "safetensors.torch"):
         sys.modules[name].serialize_file = serialize_file
 if not any(script.endswith("flax") for script, *_ in runs):
     import diffusers
-    for drawing in (diffusers.StableDiffusionPipeline, diffusers.KandinskyV22PriorPipeline):
+    kinds = ("StableDiffusionPipeline", "StableDiffusionXLPipeline", "KandinskyV22PriorPipeline")
+    for drawing in (getattr(diffusers, kind) for kind in kinds):
         drawing.__call__ = noted(drawing.__call__, "draw", 1)
     import torch
     meet = torch.distributed.init_process_group
@@ -204,8 +205,8 @@ def both_ways(inputs, tmp_path_factory):
     """A function of a script to its runs by one and by two processes, and those that go on from checkpoint 2 of them.
 
     Of each run its output_dir; and `folder`, where the recorder has noted what the two processes did. The Kandinsky
-    scripts, whose checkpoints are made by the same machinery, have but the runs "two" and "one", of the seed that "two"
-    has drawn.
+    scripts and SDXL's, whose checkpoints are made by the same machinery, have but the runs "two" and "one", of the seed
+    that "two" has drawn.
     """
 
     @functools.cache
@@ -220,7 +221,7 @@ def both_ways(inputs, tmp_path_factory):
                 start = folder / script / ("one" if way == "1 to 2" else "two")
                 flags[script][way] |= {"resume_from_checkpoint": "latest", "validation_prompts": None}
                 starts[folder / script / way] = start
-            if script in (PRIOR, DECODER):
+            if script in (PRIOR, DECODER, SDXL):
                 runs.append((script, "two", {**flags[script]["two"], **TWO, "seed": None}))
                 continue
             train_by_one({**flags[script]["one"], **ONE}, script)
@@ -235,7 +236,7 @@ def both_ways(inputs, tmp_path_factory):
         # The others go on from the checkpoints of "two", so that it has to end first; all by the same two processes.
         run_two(runs, folder, {str(way): str(start) for way, start in starts.items()})
         for script in scripts:
-            if script in (PRIOR, DECODER):
+            if script in (PRIOR, DECODER, SDXL):
                 seed = faults.state_of_run(folder / script / "two" / "checkpoint-4")["seed"]
                 train_by_one({**flags[script]["one"], **ONE, "seed": seed}, script)
             elif "2 to 1" in WAYS[script]:
@@ -246,7 +247,7 @@ def both_ways(inputs, tmp_path_factory):
             for script in scripts
         }
 
-    return lambda script: of_kind((FLAX,) if script == FLAX else (STABLE_DIFFUSION, PRIOR, DECODER))[script]
+    return lambda script: of_kind((FLAX,) if script == FLAX else (STABLE_DIFFUSION, PRIOR, DECODER, SDXL))[script]
 
 
 def train_by_one(flags, script):
@@ -336,7 +337,7 @@ def test_a_checkpoint_goes_on_with_as_many_and_with_another_number_of_processes(
 # Pictures -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", [STABLE_DIFFUSION, PRIOR, DECODER])
+@pytest.mark.parametrize("script", [STABLE_DIFFUSION, PRIOR, DECODER, SDXL])
 def test_prompts_are_shared_out_and_the_picture_is_that_of_one_process(script, both_ways, inputs, tmp_path):
     """3 prompts on 2 processes: each draws two, one of them for nothing, so that all take part in every drawing.
 

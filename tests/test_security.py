@@ -29,7 +29,8 @@ from markdown_it import MarkdownIt
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.plugins.hparams import metadata as hparams
 
-SD, PRIOR, DECODER, FLAX = SCRIPTS = [f"train_text_to_image{suffix}" for suffix in ("", "_prior", "_decoder", "_flax")]
+SUFFIXES = ("", "_sdxl", "_prior", "_decoder", "_flax")
+SD, SDXL, PRIOR, DECODER, FLAX = SCRIPTS = [f"train_text_to_image{suffix}" for suffix in SUFFIXES]
 TOKEN = "hf_Zq+7/Lw=9%Xk"  # a form of its own in URLs
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")  # all but \t and \n
 
@@ -42,7 +43,10 @@ def model_folders(pipeline_folder, tmp_path_factory):
     tiny.make_kandinsky_decoder(folder / "decoder")
     halves = {f"pretrained_{half}_model_name_or_path": folder / half for half in ("prior", "decoder")}
     stable_diffusion = {"pretrained_model_name_or_path": pipeline_folder}
-    return {script: halves if script.endswith(("prior", "decoder")) else stable_diffusion for script in SCRIPTS}
+    tiny.make_stable_diffusion_xl(folder / "xl")
+    xl = {"pretrained_model_name_or_path": folder / "xl", "pretrained_vae_model_name_or_path": folder / "xl" / "vae"}
+    folders = {SDXL: xl, PRIOR: halves, DECODER: halves}
+    return {script: folders.get(script, stable_diffusion) for script in SCRIPTS}
 
 
 every_script = pytest.mark.parametrize("script", SCRIPTS)
@@ -407,6 +411,7 @@ def test_hostile_text_does_no_harm(own_flags, script, model_folders, tmp_path, c
     own_flags |= {"train_data_dir": make_hostile_images(tmp_path / f"data {NAME}")}
     own_flags |= {"output_dir": tmp_path / f"output {NAME}", "validation_prompts": HOSTILE, "checkpointing_steps": 1}
     own_flags |= {"hub_model_id": f"../../evil {NAME}", "tracker_project_name": f"project {NAME}"}
+    own_flags |= {"num_validation_images": 1} if script == SDXL else {}
     before = files_of(tmp_path)
     run(own_flags, script)
     output = own_flags["output_dir"]

@@ -1,4 +1,4 @@
-"""What users bring as a model or a checkpoint, in all four scripts: single files, variants, missing parts, schedulers
+"""What users bring as a model or a checkpoint, in all five scripts: single files, variants, missing parts, schedulers
 that cannot be trained with, checkpoints of other scripts, and those at which nothing is left to do."""
 
 import importlib
@@ -13,15 +13,16 @@ from safetensors.torch import load_file
 from test_hub import files_below
 
 SD, PRIOR, DECODER = "train_text_to_image", "train_text_to_image_prior", "train_text_to_image_decoder"
-FLAX = "train_text_to_image_flax"
+FLAX, SDXL = "train_text_to_image_flax", "train_text_to_image_sdxl"
 BASE = {
     SD: "pretrained_model_name_or_path",
+    SDXL: "pretrained_model_name_or_path",
     PRIOR: "pretrained_prior_model_name_or_path",
     DECODER: "pretrained_decoder_model_name_or_path",
     FLAX: "pretrained_model_name_or_path",
 }
-TRAINED = {SD: "unet", PRIOR: "prior", DECODER: "unet", FLAX: "unet"}
-FOLDER_WITHIN = {SD: "text_encoder", PRIOR: "prior", DECODER: "movq", FLAX: "vae"}
+TRAINED = {SD: "unet", SDXL: "unet", PRIOR: "prior", DECODER: "unet", FLAX: "unet"}
+FOLDER_WITHIN = {SD: "text_encoder", SDXL: "text_encoder_2", PRIOR: "prior", DECODER: "movq", FLAX: "vae"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 all_scripts = pytest.mark.parametrize("script", BASE)
@@ -95,7 +96,7 @@ def test_a_folder_that_has_only_a_variant_is_named(script, flags, tmp_path):
     line = refusal(flags, script)
     assert line.startswith(str(folder) if script == FLAX else f"--{BASE[script]} {folder}: ")
     assert FOLDER_WITHIN[script] in line.removeprefix(str(folder))
-    assert ("--variant" in line) == (script in (SD, FLAX))  # the others have no such flag
+    assert ("--variant" in line) == (script in (SD, SDXL, FLAX))  # the others have no such flag
     assert "fp16" in line
 
 

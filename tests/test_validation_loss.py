@@ -269,14 +269,15 @@ def test_other_held_out_rows_at_a_resume(common, whole, tmp_path):
 # The other scripts ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", ["train_text_to_image_prior", "train_text_to_image_decoder"])
-def test_kandinsky(common, folders, script, tmp_path):
+@pytest.mark.parametrize("script", [f"train_text_to_image_{model}" for model in ("sdxl", "prior", "decoder")])
+def test_another_script(common, folders, script, tmp_path):
     """With and without cached encodings, and resumed."""
     flags = {
         name: value for name, value in common.items() if name not in ("center_crop", "pretrained_model_name_or_path")
     }
     flags |= {**folders[script], "output_dir": tmp_path / "whole", "snr_gamma": 5.0, "keep_best": True}
     flags |= {"resolution": 64} if "decoder" in script else {}
+    flags |= {"center_crop": True} if "sdxl" in script else {}
     run(flags, script)
     reset_accelerate()
     entries = history(tmp_path / "whole", 4)

@@ -10,11 +10,13 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDPMScheduler,
+    EulerDiscreteScheduler,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
     PNDMScheduler,
     PriorTransformer,
     StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
     UnCLIPScheduler,
     UNet2DConditionModel,
     VQModel,
@@ -127,6 +129,55 @@ def make_stable_diffusion(folder, version=1, prediction_type="epsilon", zero_ter
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return pipeline
+
+
+def make_stable_diffusion_xl(folder, prediction_type="epsilon", seed=0):
+    """Write a pipeline of random weights in the layout of Stable Diffusion XL's base model, and return it.
+
+    Its VAE shrinks 4 times; the two text encoders differ in width, and their tokenizers in padding.
+    """
+    tokenizer, tokenizer_2 = (make_tokenizer(Path(folder) / name) for name in ("tokenizer", "tokenizer_2"))
+    tokenizer_2.pad_token = "!"
+    size = {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 77}
+    size |= {"vocab_size": len(tokenizer), "intermediate_size": 32, "projection_dim": 20}
+    size |= {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16, 16),
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=RESOLUTION,
+        scaling_factor=0.13025,
+        force_upcast=True,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=RESOLUTION // 4,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2),
+        norm_num_groups=4,
+        layers_per_block=1,
+        cross_attention_dim=16 + 24,
+        attention_head_dim=(2, 4),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 20,
+    )
+    schedule = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    pipeline = StableDiffusionXLPipeline(
+        vae=fill(vae, seed),
+        text_encoder=fill(CLIPTextModel(CLIPTextConfig(**size, hidden_size=16, hidden_act="quick_gelu")), seed + 1),
+        text_encoder_2=fill(CLIPTextModelWithProjection(CLIPTextConfig(**size, hidden_size=24)), seed + 2),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer_2,
+        unet=fill(unet, seed + 3),
+        scheduler=EulerDiscreteScheduler(**schedule, prediction_type=prediction_type, steps_offset=1),
     )
     pipeline.save_pretrained(folder)
     return pipeline
