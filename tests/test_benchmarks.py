@@ -195,8 +195,13 @@ def test_a_saved_data_set_of_many_rows(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-@pytest.mark.parametrize("size", [size for size in sizes.SIZES if size.startswith("kandinsky")])
-def test_the_kandinsky_sizes_are_pipelines(size, tmp_path, monkeypatch):
+def test_the_numbers_of_parameters_of_sdxl():
+    counts = {name: model.num_parameters() for name, model in sizes.empty_models("sdxl").items()}
+    assert counts == sizes.configs_of("sdxl")["parameters"]
+
+
+@pytest.mark.parametrize("size", ["sdxl", *(size for size in sizes.SIZES if size.startswith("kandinsky"))])
+def test_the_larger_sizes_are_pipelines(size, tmp_path, monkeypatch):
     """Of the real ones with the real configurations but for widths and depths."""
     from diffusers import DiffusionPipeline
     from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
@@ -206,17 +211,23 @@ def test_the_kandinsky_sizes_are_pipelines(size, tmp_path, monkeypatch):
         configs = shrunk(configs)
         monkeypatch.setattr(sizes, "configs_of", lambda size: configs)
     sizes.make_models(size, tmp_path)
+    if size == "sdxl":
+        DiffusionPipeline.from_pretrained(tmp_path)
+        return
     DiffusionPipeline.from_pretrained(tmp_path / sizes.kind_of(size))
     CLIPVisionModelWithProjection.from_pretrained(tmp_path / "prior", subfolder="image_encoder")
     CLIPImageProcessor.from_pretrained(tmp_path / "prior", subfolder="image_processor")
 
 
 def shrunk(configs):
-    """`configs` of a Kandinsky size with few and narrow layers."""
+    """`configs` of a size with few and narrow layers."""
     sides = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sides |= {"projection_dim": 16, "layers_per_block": 1, "block_out_channels": [32] * 4, "attention_head_dim": 8}
+    sides |= {"projection_dim": 16, "layers_per_block": 1, "attention_head_dim": 8, "transformer_layers_per_block": 1}
     sides |= {"cross_attention_dim": 16, "encoder_hid_dim": 16, "embedding_dim": 16, "num_layers": 2}
-    return {part: {name: sides.get(name, value) for name, value in own.items()} for part, own in configs.items()}
+    parts = {part: {**own, **{n: sides[n] for n in own.keys() & sides}} for part, own in configs.items()}
+    for own in (own for own in parts.values() if "block_out_channels" in own):
+        own["block_out_channels"] = [32] * len(own["block_out_channels"])
+    return parts
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what memory is private")

@@ -175,7 +175,7 @@ def last_line(text):
 
 def model_flags(size, folder):
     """The flags that name the models of a size, which lie in `folder` (Path)."""
-    if sizes.kind_of(size) == "stable-diffusion":
+    if sizes.kind_of(size).startswith("stable-diffusion"):
         return {"--pretrained_model_name_or_path": folder}
     flags = {"--pretrained_prior_model_name_or_path": folder / "prior"}
     if sizes.kind_of(size) == "decoder":

@@ -56,8 +56,12 @@ def inputs_of(size, models, resolution, batch_size=1, device="meta", dtype=torch
         return {**unet, **call("movq", [image]), **call("image_encoder", [clip_image])}
     latents = empty(4, *[resolution // sizes.vae_factor(size)] * 2)
     states = empty(TOKENS, models["unet"].config.cross_attention_dim)
-    unet = call("unet", [latents, timestep, states])
-    return {**unet, **call("vae", [image]), **call("text_encoder", [tokens])}
+    unet = {"sample": latents, "timestep": timestep, "encoder_hidden_states": states}
+    if sizes.kind_of(size) == "stable-diffusion-xl":
+        width = sizes.configs_of(size)["text_encoder_2"]["projection_dim"]
+        unet["added_cond_kwargs"] = {"text_embeds": empty(width), "time_ids": empty(6)}
+    texts = {**call("text_encoder", [tokens]), **call("text_encoder_2", [tokens])}
+    return {**call("unet", unet), **call("vae", [image]), **texts}
 
 
 def called(function, arguments):

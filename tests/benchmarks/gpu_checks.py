@@ -25,7 +25,8 @@ import report
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(HERE.parent))  # for tiny.py
-SD, PRIOR, DECODER, FLAX = (f"train_text_to_image{kind}.py" for kind in ("", "_prior", "_decoder", "_flax"))
+KINDS = ("", "_sdxl", "_prior", "_decoder", "_flax")
+SD, SDXL, PRIOR, DECODER, FLAX = (f"train_text_to_image{kind}.py" for kind in KINDS)
 EMA, CENTRE, EXACT = "--use_ema ", "--center_crop ", "--deterministic "
 CACHE = "--cache_encodings WORK/cache-NAME "
 BF16, FP16 = "--mixed_precision bf16 ", "--mixed_precision fp16 "
@@ -49,6 +50,11 @@ RUNS = {  # {name: (script, flags)}; 8 updates each, with a checkpoint after 4
     "centre bf16": (SD, EMA + EXACT + CENTRE + BF16),
     "cache bf16": (SD, EMA + EXACT + CENTRE + CACHE + BF16),
     "LoRA bf16": (SD, EMA + EXACT + BF16 + "--rank 4"),
+    "SDXL float32": (SDXL, EMA + CENTRE + "--validation_prompts star --num_validation_images 1"),
+    "SDXL bf16": (SDXL, EMA + EXACT + CENTRE + BF16),
+    "SDXL cache bf16": (SDXL, EMA + EXACT + CENTRE + CACHE + BF16),
+    "SDXL fp16": (SDXL, EMA + CENTRE + FP16 + "--validation_prompts star --num_validation_images 1"),  # VAE in float32
+    "SDXL LoRA fp16": (SDXL, EMA + FP16 + "--rank 4 --validation_prompts star"),
     "prior bf16": (PRIOR, EMA + EXACT + BF16 + "--validation_prompts star"),
     "prior fp16": (PRIOR, EMA + FP16),
     "prior cache bf16": (PRIOR, EMA + EXACT + CACHE + BF16),
@@ -61,7 +67,7 @@ RUNS = {  # {name: (script, flags)}; 8 updates each, with a checkpoint after 4
     "JAX cache bf16": (FLAX, EMA + CENTRE + CACHE + BF16),
 }
 RESUMED = ["float32", "deterministic", "deterministic bf16", "deterministic fp16", "8-bit AdamW", "average on the CPU"]
-RESUMED += ["compile", "cache bf16", "LoRA bf16", "prior bf16", "decoder bf16", "JAX float32", "JAX bf16"]
+RESUMED += ["compile", "cache bf16", "LoRA bf16", "SDXL bf16", "prior bf16", "decoder bf16", "JAX float32", "JAX bf16"]
 PAIRS = [("float32 on the CPU", "float32"), ("tf32", "float32"), ("bf16", "float32"), ("fp16", "float32")]
 PAIRS += [
     ("half-precision norms", "bf16"),
@@ -71,6 +77,7 @@ PAIRS += [
 ]
 PAIRS += [("average on the CPU", "deterministic"), ("no data workers", "deterministic")]
 PAIRS += [("checkpointing", "deterministic"), ("cache", "centre"), ("cache bf16", "centre bf16")]
+PAIRS += [("SDXL fp16", "SDXL float32"), ("SDXL cache bf16", "SDXL bf16")]
 PAIRS += [("prior cache bf16", "prior bf16"), ("decoder cache bf16", "decoder bf16"), ("JAX bf16", "JAX float32")]
 PAIRS += [(f"{name}, resumed", name) for name in RESUMED]
 
@@ -89,14 +96,15 @@ def make_inputs(work):
     import tiny
 
     tiny.make_stable_diffusion(work / "sd", levels=1)
+    tiny.make_stable_diffusion_xl(work / "sdxl")
     tiny.make_kandinsky_prior(work / "prior")
     tiny.make_kandinsky_decoder(work / "decoder")
     tiny.make_images(work / "images")
 
 
 def command_of(name, script, flags, work, output):
-    if script in (SD, FLAX):
-        models = ["--pretrained_model_name_or_path", work / "sd"]
+    if script in (SD, SDXL, FLAX):
+        models = ["--pretrained_model_name_or_path", work / ("sdxl" if script == SDXL else "sd")]
     else:
         models = ["--pretrained_prior_model_name_or_path", work / "prior"]
         models += ["--pretrained_decoder_model_name_or_path", work / "decoder"]

@@ -199,7 +199,7 @@ def main(args):
     for flags, run in RUNS.items():
         cells = []
         for size in args.size:
-            known = "--offload_ema" not in flags or sizes.kind_of(size) == "stable-diffusion"
+            known = "--offload_ema" not in flags or sizes.kind_of(size).startswith("stable-diffusion")
             peak = peak_bytes(size, args.batch_size, args.resolution, **run) if known else None
             cells.append(f"{peak / GIB:.1f}" if peak else "no such flag")
             if peak and args.work_dir:

@@ -3,12 +3,12 @@
     python tests/benchmarks/sizes.py models --size sd15 --folder models
     python tests/benchmarks/sizes.py images --resolution 512 --rows 256 --folder images
 
-`sd15`, `sd21`, `kandinsky-prior` and `kandinsky-decoder` are the real architectures, from `model_configs.json`, but for
-the text encoders' vocabulary, which is the tests' tokenizer's; a look-up costs nothing. `small` is for a CPU: Stable
-Diffusion with fewer channels, whose VAE takes about as long to encode an image of 128 px as the UNet takes to learn
-from it, on two CPU cores in batches of 4: there the VAE's wide convolutions do more than twice the FLOPs in a second.
-`kandinsky-prior-small` and `kandinsky-decoder-small` are the real ones with fewer layers and channels, and with about
-the same shares of the FLOPs. The speed of a step does not depend on the values of the weights.
+`sd15`, `sd21`, `sdxl`, `kandinsky-prior` and `kandinsky-decoder` are the real architectures, from `model_configs.json`,
+but for the text encoders' vocabulary, which is the tests' tokenizer's; a look-up costs nothing. `small` is for a CPU:
+Stable Diffusion with fewer channels, whose VAE takes about as long to encode an image of 128 px as the UNet takes to
+learn from it, on two CPU cores in batches of 4: there the VAE's wide convolutions do more than twice the FLOPs in a
+second. `kandinsky-prior-small` and `kandinsky-decoder-small` are the real ones with fewer layers and channels, and with
+about the same shares of the FLOPs. The speed of a step does not depend on the values of the weights.
 """
 
 import argparse
@@ -115,6 +115,7 @@ SIZES = {
     "small": ("train_text_to_image.py", 128),
     "sd15": ("train_text_to_image.py", 512),
     "sd21": ("train_text_to_image.py", 768),
+    "sdxl": ("train_text_to_image_sdxl.py", 1024),
     "kandinsky-prior": ("train_text_to_image_prior.py", 224),
     "kandinsky-decoder": ("train_text_to_image_decoder.py", 768),
     "kandinsky-prior-small": ("train_text_to_image_prior.py", 224),
@@ -133,6 +134,16 @@ PIPELINES = {
         "safety_checker": (None, None),
         "feature_extractor": (None, None),
         "requires_safety_checker": False,
+    },
+    "stable-diffusion-xl": {
+        "_class_name": "StableDiffusionXLPipeline",
+        **CLIP_TEXT,
+        "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+        "tokenizer_2": ("transformers", "CLIPTokenizer"),
+        "vae": ("diffusers", "AutoencoderKL"),
+        "unet": ("diffusers", "UNet2DConditionModel"),
+        "scheduler": ("diffusers", "EulerDiscreteScheduler"),
+        "force_zeros_for_empty_prompt": True,
     },
     "prior": {
         "_class_name": "KandinskyV22PriorPipeline",
@@ -177,6 +188,8 @@ def configs_of(size):
         return facts["stable-diffusion-1.5"]
     if size == "sd21":  # its VAE is that of 1.5
         return {"vae": facts["stable-diffusion-1.5"]["vae"], **facts["stable-diffusion-2.1"]}
+    if size == "sdxl":
+        return facts["stable-diffusion-xl"]
     parts = {**facts[f"kandinsky-2.2-{kind_of(size)}"], "image_encoder": facts["kandinsky-2.2-prior"]["image_encoder"]}
     smaller = SMALLER.get(size, {})
     return {name: {**config, **smaller.get(name, {})} for name, config in parts.items() if name != "parameters"}
@@ -184,6 +197,8 @@ def configs_of(size):
 
 def kind_of(size):
     """Which of the pipelines' models a size has."""
+    if size == "sdxl":
+        return "stable-diffusion-xl"
     return next((kind for kind in ("prior", "decoder") if size.startswith(f"kandinsky-{kind}")), "stable-diffusion")
 
 
@@ -200,6 +215,7 @@ def empty_models(size, vocab_size=49408, device="meta", frozen_dtype=None, only_
 
     models, configs = {}, configs_of(size)
     names = {"prior": ["prior", "text_encoder", "image_encoder"], "decoder": ["unet", "movq", "image_encoder"]}
+    names["stable-diffusion-xl"] = ["unet", "vae", "text_encoder", "text_encoder_2"]
     for name in names.get(kind_of(size), ["unet", "vae", "text_encoder"])[: 1 if only_trained else None]:
         config = {key: value for key, value in configs[name].items() if key != "_class_name"}
         kind = "stable-diffusion" if name == "unet" else "prior" if name == "image_encoder" else kind_of(size)
@@ -207,7 +223,7 @@ def empty_models(size, vocab_size=49408, device="meta", frozen_dtype=None, only_
         torch.set_default_dtype(frozen_dtype if models and frozen_dtype else torch.float32)
         with torch.device(device):
             if library == "transformers":
-                if name == "text_encoder":
+                if name.startswith("text_encoder"):
                     config |= {"vocab_size": vocab_size, "bos_token_id": vocab_size - 2, "eos_token_id": vocab_size - 1}
                 model_class = getattr(transformers, class_name)
                 models[name] = model_class(model_class.config_class(**config))
@@ -249,13 +265,15 @@ def make_models(size, folder):
     from tiny import make_tokenizer
 
     kind = kind_of(size)
-    own = folder if kind == "stable-diffusion" else folder / kind
+    own = folder if kind.startswith("stable-diffusion") else folder / kind
     clip = folder / "prior" if kind == "decoder" else own  # the decoder's image encoder is the prior pipeline's
     tokenizer = make_tokenizer(clip / "tokenizer")
+    if kind == "stable-diffusion-xl":
+        make_tokenizer(own / "tokenizer_2")
     for seed, (name, model) in enumerate(empty_models(size, len(tokenizer)).items()):
         fill(model, seed).save_pretrained((clip if name.endswith("encoder") else own) / name)
         model.to("meta")
-    if kind != "stable-diffusion":
+    if not kind.startswith("stable-diffusion"):
         transformers.CLIPImageProcessor(**CROP).save_pretrained(clip / "image_processor")
     if kind == "prior":
         scheduler = diffusers.UnCLIPScheduler(variance_type="fixed_small_log", prediction_type="sample")
