@@ -68,6 +68,7 @@ def workplace(tmp_path_factory):
     """A folder with my_images, and a Hub that holds tiny models and data sets by the names in the README."""
     folder = tmp_path_factory.mktemp("readme")
     tiny.make_images(folder / "my_images")
+    tiny.make_stable_diffusion_xl(folder / "xl")
     tiny.make_stable_diffusion(folder / "sd", levels=1)  # XLA compiles it in half the time
     tiny.make_kandinsky_prior(folder / "prior")
     tiny.make_kandinsky_decoder(folder / "decoder")
@@ -77,6 +78,7 @@ def workplace(tmp_path_factory):
         hub.add_repo("kandinsky-community/kandinsky-2-2-prior", folder / "prior")
         hub.add_repo("kandinsky-community/kandinsky-2-2-decoder", folder / "decoder")
         hub.add_repo("stable-diffusion-v1-5/stable-diffusion-v1-5", folder / "sd")
+        hub.add_repo("stabilityai/stable-diffusion-xl-base-1.0", folder / "xl")
         hub.add_repo("lambdalabs/naruto-blip-captions", folder / "my_images", repo_type="dataset")
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         yield folder, {**hub.environment(), "PATH": path, "PYTHONPATH": str(ROOT)}
@@ -97,7 +99,7 @@ def drive(steps, workplace, name):
 
 def test_every_command_is_run_or_accounted_for():
     assert set(commands()) == {*TRAINING, *LOOKING, *RUN_ELSEWHERE}
-    assert (len(TRAINING), len(LOOKING), len(blocks("python"))) == (5, 1, 5)
+    assert (len(TRAINING), len(LOOKING), len(blocks("python"))) == (6, 1, 5)
 
 
 def added(*words):
@@ -135,7 +137,7 @@ def test_all_that_trains_in_pytorch_and_draws_with_it(workplace):
     notebook = blocks("python")[4].replace(local, " ".join([local, *SMALL]))
     steps = [step(TRAINING[0]), step(resume, "--max_train_steps=3")]
     steps += [drawing(0), drawing(1, checkpoint_500="checkpoint-3"), step(cached, "--output_dir=cached")]
-    steps += [step(command) for command in TRAINING if "kandinsky" in command]
+    steps += [step(command) for command in TRAINING if "kandinsky" in command or "_sdxl" in command]
     own_prior = "\nassert pipeline.prior_prior is parts['prior_prior'] and pipeline.unet is parts['unet']"
     steps += [drawing(2, own_prior, checkpoint_500="checkpoint-2")]
     pair = 'AutoPipelineForText2Image.from_pretrained("my_decoder")'
@@ -207,9 +209,13 @@ def test_the_flags_that_are_named_are_there():
     import train_text_to_image
     import train_text_to_image_decoder
     import train_text_to_image_flax
+    import train_text_to_image_sdxl
 
     flags = vars(train_text_to_image.parse_args(["--pretrained_model_name_or_path", "a", "--train_data_dir", "b"]))
     flags |= vars(train_text_to_image_decoder.parse_args(["--train_data_dir", "b"]))
+    flags |= vars(
+        train_text_to_image_sdxl.parse_args(["--pretrained_model_name_or_path", "a", "--train_data_dir", "b"])
+    )
     flax_flags = vars(train_text_to_image_flax.parse_args(["--pretrained_model_name_or_path", "a", "--generate", "b"]))
     flags |= {**flax_flags, **vars(check_data.parse_args(["--train_data_dir", "a"]))}
     foreign = {"num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port", "multi_gpu"}
