@@ -4,6 +4,7 @@ Nothing heavy is imported here, so that the tests which only read the scripts ru
 """
 
 import importlib
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -30,6 +31,12 @@ SLOWEST = ["flax_training", "processes", "faults", "flax_cache", "safety", "flax
 def pytest_collection_modifyitems(items):
     place = {f"test_{name}.py": number for number, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))  # stable: else in pytest's own order
+
+
+def pytest_sessionfinish():
+    """Data workers of runs in this process ignore SIGTERM: Python would wait for them when it ends."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @pytest.fixture(scope="session", autouse=True)
