@@ -2381,7 +2381,8 @@ if __name__ == "__main__":
     try:
         main(command_line)
     except (RunError, MemoryError, jax.errors.JaxRuntimeError) as error:  # of JAX: no memory, another process is gone
-        lacking = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+        of_disk = "cannot be written" in str(error)  # that has the same code
+        lacking = isinstance(error, MemoryError) or ("RESOURCE_EXHAUSTED" in str(error) and not of_disk)
         line = out_of_memory(command_line, error) if lacking else str(error).strip().splitlines()[0]
         tqdm.write(f"error: {printable(line)}", file=sys.stderr)
         end_process(1)

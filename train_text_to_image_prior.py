@@ -1176,9 +1176,10 @@ def end_workers():
 
 def noted_anywhere(noted, group):
     """The first signal noted by any process, or 0. group: of gloo, so that no GPU is waited for; None: one process."""
+    if group is None:
+        return noted[0][0] if noted else 0
     signum = torch.tensor(noted[0][0] if noted else 0)
-    if group is not None:
-        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group)
+    torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group)
     return int(signum)
 
 

@@ -448,4 +448,4 @@ def test_the_gpu_script_knows_its_parts(tmp_path):
     command = [str(ROOT / "tests" / "benchmarks" / "gpu.sh"), "everything"]
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 2
-    assert result.stderr == "everything: no such part; there are checks, speed and memory\n"
+    assert result.stderr == "everything: no such part; there are checks, speed, memory and compile\n"

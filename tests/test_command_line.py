@@ -24,7 +24,7 @@ UPSTREAM = ALL_FLAGS["train_text_to_image.py"]
 NEW = {"--proportion_empty_prompts", "--validation_steps", "--logging_steps"}
 NEW |= {"--skip_bad_images", "--cache_encodings", "--compile", "--deterministic"}
 NEW |= {"--rank", "--lora_alpha", "--lora_target_modules", "--num_validation_images"}
-NEW |= {"--validation_rows", "--validation_data_dir", "--keep_best"}
+NEW |= {"--validation_rows", "--validation_data_dir", "--keep_best", "--half_precision_norms"}
 FASTER = {"--dataloader_num_workers"}  # with another default than upstream's, which changes the speed alone
 REQUIRED = ["--pretrained_model_name_or_path", "model", "--train_data_dir", "images"]
 

@@ -311,7 +311,7 @@ def test_the_validation_loss_is_that_of_one_process(script, both_ways):
         if (runs[name] / "checkpoint-4").exists():
             entries = faults.state_of_run(runs[name] / "checkpoint-4")["validation"]
             losses[name] = [entry[tag] for entry in entries for tag in entry if tag.startswith("validation_loss")]
-    assert len(losses) == (2 if script in (PRIOR, DECODER) else 2 + len(WAYS[script]))
+    assert len(losses) == (2 if script in (PRIOR, DECODER, SDXL) else 2 + len(WAYS[script]))
     assert all(len(values) == 10 for values in losses.values())  # of two evaluations: all timesteps, and four quarters
     difference = max(np.abs(np.divide(values, losses["one"]) - 1).max() for values in losses.values())
     print(f"{script}: {difference:.1e}")
@@ -510,7 +510,7 @@ def test_a_process_that_fails_alone_says_why_and_ends_the_other(inputs, tmp_path
     """That of JAX does so while it encodes, in test_flax_cache.py."""
     row = make_rows_with_a_bad_one(tmp_path / "rows", STABLE_DIFFUSION)
     flags = {**flags_of(inputs, STABLE_DIFFUSION), **TWO, "max_train_steps": 400, "output_dir": tmp_path / "output"}
-    flags |= {"train_data_dir": None, "dataset_name": tmp_path / "rows"}
+    flags |= {"train_data_dir": None, "dataset_name": tmp_path / "rows", "validation_rows": None}
     with two_started(STABLE_DIFFUSION, flags, tmp_path) as processes:
         assert all(process.wait(seconds=120) != 0 for process in processes)
         said = "".join(process.said() for process in processes)
