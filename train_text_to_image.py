@@ -423,7 +423,7 @@ def training_losses(batch, unet, vae, text_encoder, alphas_cumprod, prediction_t
     if "moments" not in batch:  # not cached; they stay in the batch, for its next use
         batch["moments"] = encode_images(batch["pixel_values"], vae)
         batch["text_states"] = encode_captions(batch["input_ids"], text_encoder)
-    posterior, encoder_hidden_states = DiagonalGaussianDistribution(batch["moments"]), batch["text_states"]
+    posterior = DiagonalGaussianDistribution(batch["moments"])
     latents = posterior.mean.float() + posterior.std.float() * batch["posterior_noise"]
     latents = latents * vae.config.scaling_factor
 
@@ -437,11 +437,11 @@ def training_losses(batch, unet, vae, text_encoder, alphas_cumprod, prediction_t
     noisy_latents = add_noise(latents, input_noise, alphas)
     if args.dream_training:
         with torch.no_grad():
-            model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
+            model_pred = unet(noisy_latents, timesteps, batch["text_states"]).sample
         predicted = predicted_noise(prediction_type, model_pred, noisy_latents, alphas)
         noisy_latents, noise = dream(noisy_latents, noise, predicted, alphas, args.dream_detail_preservation)
 
-    model_pred = unet(noisy_latents, timesteps, encoder_hidden_states).sample
+    model_pred = unet(noisy_latents, timesteps, batch["text_states"]).sample
     target = prediction_target(prediction_type, latents, noise, alphas)
     weight = torch.ones_like(timesteps, dtype=torch.float32)
     if args.snr_gamma:
@@ -1626,8 +1626,8 @@ def memory_error(args, error):
     if not re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
         return None
     tasks = {"cached_encodings": "encoding images", "validate": "generating pictures", "next_batch": "reading images"}
-    calls = traceback.extract_tb((error.__cause__ or error).__traceback__)  # in `naming` it is the cause
-    calls = [call for call in calls if call.filename == __file__]
+    errors = filter(None, (error, error.__cause__))  # of `naming` the cause
+    calls = [call for each in errors for call in traceback.extract_tb(each.__traceback__) if call.filename == __file__]
     task = next((tasks[call.name] for call in calls if call.name in tasks), "training")
     line = calls[-1].line.partition("  #")[0]
     size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"

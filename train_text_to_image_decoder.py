@@ -1522,8 +1522,8 @@ def memory_error(args, error):
     if not re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
         return None
     tasks = {"cached_encodings": "encoding images", "validate": "generating pictures", "next_batch": "reading images"}
-    calls = traceback.extract_tb((error.__cause__ or error).__traceback__)  # in `naming` it is the cause
-    calls = [call for call in calls if call.filename == __file__]
+    errors = filter(None, (error, error.__cause__))  # of `naming` the cause
+    calls = [call for each in errors for call in traceback.extract_tb(each.__traceback__) if call.filename == __file__]
     task = next((tasks[call.name] for call in calls if call.name in tasks), "training")
     line = calls[-1].line.partition("  #")[0]
     size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"

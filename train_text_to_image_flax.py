@@ -2365,8 +2365,8 @@ def push_to_hub(args, repo_id):
 def out_of_memory(args, error):
     """One line: what was being done when memory ran out, and the flags that need less, those that cost least first."""
     tasks = {"cached_encodings": "encoding images", "validate": "generating pictures", "next_batch": "reading images"}
-    calls = traceback.extract_tb((error.__cause__ or error).__traceback__)  # in `naming` it is the cause
-    calls = [call for call in calls if call.filename == __file__]
+    errors = filter(None, (error, error.__cause__))  # of `naming` the cause
+    calls = [call for each in errors for call in traceback.extract_tb(each.__traceback__) if call.filename == __file__]
     task = next((tasks[call.name] for call in calls if call.name in tasks), "training")
     line = calls[-1].line.partition("  #")[0]
     size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"
