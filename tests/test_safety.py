@@ -398,9 +398,8 @@ def test_a_run_that_ends_with_an_update_that_is_not_finite_saves_no_model_of_it(
     assert not (flags["output_dir"] / TRAINED[script]).exists()
 
 
-@pytest.mark.parametrize("script", [SD])
-def test_with_fp16_the_twentieth_in_a_row_ends_the_run(script, flags, monkeypatch):
-    """Its scaler finds the loss scale by updates that overflow, and skips them. A CPU has no fp16, but a scaler."""
+def use_scaler(monkeypatch):
+    """That of fp16: a CPU has no fp16, but a scaler."""
     initialise = Accelerator.__init__
 
     def initialise_with_scaler(self, *args, **kwargs):
@@ -408,6 +407,24 @@ def test_with_fp16_the_twentieth_in_a_row_ends_the_run(script, flags, monkeypatc
         self.scaler = torch.amp.GradScaler("cpu")
 
     monkeypatch.setattr(Accelerator, "__init__", initialise_with_scaler)
+
+
+@pytest.mark.parametrize("script", [SD])
+def test_fp16_resumes_from_a_run_without_it(script, flags, monkeypatch):
+    """Its checkpoint has no loss scale: a new one starts, which the next checkpoint has."""
+    flags |= {"max_train_steps": 2, "gradient_accumulation_steps": 1, "checkpointing_steps": 1}
+    run(flags, script)
+    assert not (flags["output_dir"] / "checkpoint-2" / "scaler.pt").exists()
+    reset_accelerate()
+    use_scaler(monkeypatch)
+    run({**flags, "max_train_steps": 3, "resume_from_checkpoint": "latest"}, script)
+    assert torch.load(flags["output_dir"] / "checkpoint-3" / "scaler.pt")["scale"] > 0
+
+
+@pytest.mark.parametrize("script", [SD])
+def test_with_fp16_the_twentieth_in_a_row_ends_the_run(script, flags, monkeypatch):
+    """Its scaler finds the loss scale by updates that overflow, and skips them."""
+    use_scaler(monkeypatch)
     flags |= {"learning_rate": 1e30, "max_train_steps": 40, "gradient_accumulation_steps": 1, "checkpointing_steps": 10}
     assert refusal(flags, script).startswith("step 21: ")
     assert not (flags["output_dir"] / "model_index.json").exists()
