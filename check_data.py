@@ -21,7 +21,6 @@ import signal
 import sys
 import unicodedata
 import warnings
-from collections import defaultdict
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -67,12 +66,14 @@ logger.disabled = True  # the report says it
 PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks; twice as much is an error
 warnings.filterwarnings("ignore", module="PIL|accelerate|datasets|diffusers|huggingface_hub|peft|transformers")
 fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
-LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
+FOR_TESTS = r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)"  # folders and archives, of any case
 
 
-def place_images(args, dataset, columns):
+def place_images(dataset, columns, source, is_folder):
     """Undecoded images by their paths on disk, those for tests left out; .txt files beside them if without metadata."""
-    folder, column, found = os.path.abspath(args.dataset_name or args.train_data_dir), columns[0], dataset.column_names
+    folder = os.path.abspath(source)
+    column = columns[0]
+    found = dataset.column_names
     dataset = dataset.select_columns([name for name in columns if name in dataset.column_names])
     dataset = dataset.cast_column(column, datasets.Image(decode=False))
     contents, named = dataset.data.column(column).flatten()
@@ -91,8 +92,8 @@ def place_images(args, dataset, columns):
     if columns[1:] and set(found) <= {"image", "label"}:  # no metadata
         captions = [read_caption(path) for path in paths]
         dataset = dataset.add_column(columns[1], captions) if any(captions) else dataset
-    left_out = re.compile(r"\.(txt|json)::", re.IGNORECASE) if args.dataset_name else LEFT_OUT
-    rows = [row for row, path in enumerate(paths) if not left_out.search(path.replace(folder, ""))]
+    left_out = r"\.(txt|json)::" + f"|{FOR_TESTS}" * is_folder  # files of an archive that are no images
+    rows = [row for row, path in enumerate(paths) if not re.search(left_out, path.replace(folder, ""), re.IGNORECASE)]
     if others := sorted(set(images).difference(paths[row] for row in rows)):
         logger.warning(f"left out {len(others)} images, for tests or without metadata: {', '.join(others[:3])} ...")
     return dataset.select(rows).flatten_indices() if len(rows) < len(paths) else dataset
@@ -136,12 +137,14 @@ def images_in(folder):
 
 def write_metadata(args):
     """Write metadata.jsonl: captions are in .txt files beside the images, or else the names of their folders."""
-    folder, rows = os.path.abspath(args.train_data_dir), []
+    folder = os.path.abspath(args.train_data_dir)
+    rows = []
     for path in glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True):
         if re.fullmatch(r"metadata\.(jsonl|csv|parquet)|.*\.zip", os.path.basename(path)):
             raise RunError(f"--write_metadata: {path} exists (a metadata file stays as it is, an archive has its own)")
     for path in images_in(folder):
-        name, caption = Path(path).relative_to(folder), read_caption(path)
+        name = Path(path).relative_to(folder)
+        caption = read_caption(path)
         if caption is None and not name.parent.name:
             raise RunError(f"--write_metadata: {path}: has no .txt file, and no folder of its kind")
         caption = name.parent.name.replace("_", " ") if caption is None else " ".join(caption.split())
@@ -152,26 +155,23 @@ def write_metadata(args):
 
 def load_rows(args):
     """Load the training split as the scripts do, with undecoded images: {"bytes", "path"}."""
-    source, columns = args.dataset_name or args.train_data_dir, [args.image_column, args.caption_column]
+    source = args.dataset_name or args.train_data_dir
     if any(os.path.isfile(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")):
         dataset = datasets.load_from_disk(source)
     else:
-        own = {"data_files": {"train": os.path.join(glob.escape(source), "**")}}
-        options = {"name": args.dataset_config_name, "data_dir": args.train_data_dir} if args.dataset_name else own
-        dataset = datasets.load_dataset(args.dataset_name or "imagefolder", cache_dir=args.cache_dir, **options)
+        on_hub = {"path": source, "name": args.dataset_config_name, "data_dir": args.train_data_dir}
+        in_folder = {"path": "imagefolder", "data_files": {"train": os.path.join(glob.escape(source), "**")}}
+        dataset = datasets.load_dataset(cache_dir=args.cache_dir, **(on_hub if args.dataset_name else in_folder))
     dataset = dataset.get("train", ()) if isinstance(dataset, dict) else dataset
     if len(dataset) == 0:
         raise RunError("there are no rows, or no split 'train'")
     found = dataset.column_names
     if args.image_column not in found:
         raise RunError(f"--image_column {args.image_column}: no such column in {found}")
-    if args.caption_column and set(found) <= {"image", "label"}:
-        for path in images_in(source):
-            read_caption(path)  # names the file that cannot be read
-    dataset = place_images(args, dataset, columns[: 1 + bool(args.caption_column)])
+    columns = [args.image_column, args.caption_column]
+    dataset = place_images(dataset, list(filter(None, columns)), source, not args.dataset_name)
     if args.caption_column and args.caption_column not in dataset.column_names:
-        hint = "captions belong in a metadata.jsonl or in .txt files beside the images; --write_metadata makes a "
-        hint += 'metadata.jsonl from .txt files or from the names of folders; --caption_column "" checks none'
+        hint = 'captions belong in a metadata.jsonl (--write_metadata makes one) or in .txt files; "" checks none'
         raise RunError(f"--caption_column {args.caption_column}: no such column in {found}; {hint}")
     feature = dataset.features.get(args.caption_column, datasets.Value("string"))
     if not isinstance(getattr(feature, "feature", feature), datasets.Value):
@@ -191,8 +191,9 @@ def load_tokenizer(path, cache_dir):
 
 def check_row(args, dataset, tokenizer, row):
     """Read a row. Returns [fraction of its image that the square crop cuts off] and its findings, [(kind, details)]."""
-    values, crop, found = dataset[row], [], []
-    image, captions = values[args.image_column], values.get(args.caption_column, "-")
+    image, captions = [*dataset[row].values(), "-"][:2]  # "-": captions are not checked
+    crop = []
+    found = []
     path = image and image["path"]  # of an image in an archive zip://NAME::ARCHIVE
     name = f"row {row}" + (f" ({os.path.basename(path.partition('::')[0])})" if path else "")
     try:
@@ -207,9 +208,8 @@ def check_row(args, dataset, tokenizer, row):
     captions = captions or [None] if isinstance(captions, list) else [captions]
     if None in captions:
         return crop, [*found, ("refused: rows without a caption (.csv files lose None and n/a)", name)]
-    captions = [str(caption) for caption in captions]  # of numbers
-    found += [("kept: captions that are empty", name) for caption in captions if not caption.strip()]
-    for tokens in tokenizer(captions, verbose=False).input_ids if tokenizer else []:
+    found += [("kept: captions that are empty", name) for caption in captions if not str(caption).strip()]
+    for tokens in tokenizer([str(caption) for caption in captions], verbose=False).input_ids if tokenizer else []:
         if len(tokens) > tokenizer.model_max_length:
             found.append((f"cut: captions of more than {tokenizer.model_max_length} tokens", f"{name}: {len(tokens)}"))
     return crop, found
@@ -222,20 +222,21 @@ def main(args):
         dataset = load_rows(args)
         tokenizer = load_tokenizer(args.tokenizer, args.cache_dir) if args.tokenizer else None
     except Exception as error:  # libraries raise exceptions of all kinds
-        source = "" if str(error).startswith("--tokenizer") else f"{args.dataset_name or args.train_data_dir}: "
-        sys.exit(f"error: {source}{' '.join(str(error).split())}")
-    findings, crops, refused = defaultdict(list), [], 0
+        sys.exit(f"error: {args.dataset_name or args.train_data_dir}: {' '.join(str(error).split())}")
+    findings = {}
+    crops = []
+    refused = 0
     rows = ThreadPool().imap(lambda row: check_row(args, dataset, tokenizer, row), range(len(dataset)), chunksize=16)
     for crop, found in tqdm(rows, total=len(dataset), unit=" images"):
         crops += crop
         refused += any(kind.startswith("refused") for kind, _ in found)
         for kind, details in found:
-            findings[kind].append(details if len(findings[kind]) < 5 else None)
+            findings.setdefault(kind, []).append(details if len(findings[kind]) < 5 else None)
     source = os.path.abspath(args.dataset_name or args.train_data_dir)
     named = set(dataset.data.column(args.image_column).flatten()[1].to_pylist())
     for path in (path for path in images_in(source) if path not in named):
-        held_out = LEFT_OUT.search(path.replace(source, ""))
-        findings["left out: images " + ("for tests" if held_out else "that no metadata line names")].append(path)
+        kind = "for tests" if re.search(FOR_TESTS, path.replace(source, ""), re.I) else "that no metadata line names"
+        findings.setdefault(f"left out: images {kind}", []).append(path)
     average, most = (f"{share:.1%}" for share in (np.mean(crops or 0), max(crops, default=0)))
     print(f"{len(dataset):,} rows; the square crop takes {average} of an image on average, {most} at most")
     for kind, details in sorted(findings.items()):

@@ -33,7 +33,6 @@ Sections: Command line · Examples · Objective · Training · Models · Samplin
 """
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import functools
@@ -89,8 +88,8 @@ def parse_args(input_args=None):
     decay = number(float, "must be from 0 to below 1", lambda value: 0 <= value < 1)
     limit = number(float, "must be larger than 0", lambda value: value > 0)  # inf: no limit
 
-    formatter, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s FLAGS (--help lists them)"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n\nThe")[0], formatter_class=formatter)
+    about = {"usage": "%(prog)s FLAGS (--help lists them)", "description": __doc__.split("\n\nThe")[0]}
+    parser = argparse.ArgumentParser(**about, formatter_class=argparse.RawDescriptionHelpFormatter)
     interpolations = ["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest", "nearest_exact"]
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
 
@@ -195,8 +194,6 @@ if __name__ == "__main__":
     command_line = parse_args()
 
 import datasets
-import flax.serialization
-import flax.traverse_util
 import fsspec
 import jax
 import jax.numpy as jnp
@@ -206,7 +203,7 @@ import orbax.checkpoint as ocp
 import PIL.ImageOps  # and PIL.Image
 import safetensors.numpy
 from absl import logging as absl_logging
-from flax import nnx
+from flax import nnx, serialization, traverse_util
 from huggingface_hub import HfApi, ModelCardData, snapshot_download
 from huggingface_hub.utils import disable_progress_bars
 from jax.experimental import multihost_utils
@@ -252,10 +249,7 @@ def tokenize_captions(captions, tokenizer):
 
 
 def preprocess_train(args, tokenizer, row, rng):
-    """Turn a row of the data set into a training example, all but timestep and noise: see `draw_noise`.
-
-    Returns arrays "pixel_values" (resolution, resolution, 3), uint8, and "input_ids" (77,).
-    """
+    """Turn a row of the data set into "pixel_values" (resolution, resolution, 3), uint8, and "input_ids" (77,)."""
     crop = (args.resolution, args.image_interpolation_mode, args.center_crop, args.random_flip)
     pixel_values = train_transforms(read_image(row[args.image_column]), *crop, rng)
     caption = choose_caption(row[args.caption_column], args.proportion_empty_prompts, rng)
@@ -265,10 +259,9 @@ def preprocess_train(args, tokenizer, row, rng):
 def encode_rows(args, tokenizer, encoder, rows):
     """Encode everything that may be sampled from a batch of rows (dict of lists; images are RGB `PIL.Image`).
 
-    Returns a blob of safetensors per row: "moments" (flips, height, width, 2 · channels), "text_states" (captions, 77,
-    width). encoder: of `make_encoder`.
+    Returns bytes of safetensors per row: "moments" (flips, h, w, 2 · channels) and "text_states" (captions, 77, width).
     """
-    crop = (args.resolution, args.image_interpolation_mode, True, False, random_generator(0))
+    crop = (args.resolution, args.image_interpolation_mode, True, False, random_generator(0))  # no number is used
     with ThreadPool() as threads:
         images = threads.map(lambda image: train_transforms(image, *crop), rows[args.image_column])
     flips = [image[:, ::side] for image in images for side in (1, -1)[: 1 + args.random_flip]]
@@ -281,10 +274,7 @@ def encode_rows(args, tokenizer, encoder, rows):
 
 
 def preprocess_encoded(args, dtype, empty_caption, row, rng):
-    """Turn a cached row of `encode_rows` into the same example as `preprocess_train`, with the encoders' outputs.
-
-    dtype: of "moments" and "text_states", in place of "pixel_values" and "input_ids"; empty_caption: text states of "".
-    """
+    """Turn a row of `encode_rows` into "moments" and "text_states", of `dtype`; empty_caption: text states of ""."""
     blob = dict(safetensors.deserialize(row["encodings"]))  # safetensors.numpy.load cannot read bfloat16
     encodings = {name: np.frombuffer(part["data"], dtype).reshape(part["shape"]) for name, part in blob.items()}
     *_, flip = rng.random(3)  # as in train_transforms
@@ -360,7 +350,8 @@ def weighted_squared_error(prediction, target, weight):
 
 def training_alphas_cumprod(config):
     """ᾱ of all timesteps, float32, from a scheduler's configuration (dict). Raises RunError if it is unknown."""
-    number, schedule = config.get("num_train_timesteps", 1000), config.get("beta_schedule", "linear")
+    number = config.get("num_train_timesteps", 1000)
+    schedule = config.get("beta_schedule", "linear")
     first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
     if config.get("trained_betas") is not None:
         betas = np.asarray(config["trained_betas"], np.float64)
@@ -381,10 +372,7 @@ def training_alphas_cumprod(config):
 
 
 def draw_noise(positions, key, latents_shape, num_train_timesteps):
-    """Sample timesteps and all noise of a micro-batch, from the run's key and the examples' positions alone.
-
-    positions: (b, 2), uint32, high and low halves; latents_shape: (height, width, channels).
-    """
+    """Sample a micro-batch's timesteps and noise by the run's key and positions (b, 2) alone: high and low uint32."""
 
     def draw(position):
         keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, position[0]), position[1]), 5)
@@ -421,19 +409,17 @@ def mean_and_deviation(moments):
 def training_losses(params, frozen, batch, models, alphas_cumprod, prediction_type, args):
     """The loss of each example of a micro-batch, (b,). Deterministic: the batch holds all random numbers.
 
-    params: the UNet's weights, float32; frozen: {"vae", "text_encoder": weights}, or {} if the batch is encoded; batch:
-    arrays of `preprocess_train` or `preprocess_encoded`, and of `draw_noise`; models: {"unet", ...: `Model`};
-    alphas_cumprod: ᾱ of all timesteps.
+    params, frozen: weights of the UNet, in float32, and of the encoders ({} if the batch is encoded); batch: collated
+    examples and the arrays of `draw_noise`; models: {"unet", ...: `Model`}; alphas_cumprod: ᾱ of all timesteps.
     """
     dtype = COMPUTE_TYPES[args.mixed_precision]
     unet = models["unet"].module(gather_weights(params, dtype))
     encodings = batch if "moments" in batch else encode(batch, frozen, models, dtype)
     mean, deviation = mean_and_deviation(encodings["moments"])
     latents = (mean + deviation * batch["posterior_noise"]) * models["vae"].config.scaling_factor
-    encoder_hidden_states = encodings["text_states"]
 
     def predict(noisy_latents):
-        inputs = (noisy_latents.astype(dtype), timesteps, encoder_hidden_states)
+        inputs = (noisy_latents.astype(dtype), timesteps, encodings["text_states"])
         return unet(*inputs, rematerialise=args.gradient_checkpointing).astype(jnp.float32)
 
     timesteps, noise = batch["timesteps"], batch["noise"]
@@ -467,26 +453,22 @@ FROZEN = ("vae", "text_encoder")
 
 def mean_gradient(params, frozen, batches, key, loss, scale):
     """The mean loss and gradient over the micro-steps of an update; `scale` is fp16's loss scale. See `train_step`."""
-
-    def loss_and_gradient(batch):
-        return jax.value_and_grad(lambda params: loss(params, frozen, batch, key) * scale)(params)
-
+    loss_and_gradient = jax.value_and_grad(lambda params, batch: loss(params, frozen, batch, key) * scale)
     micro_steps = len(jax.tree.leaves(batches)[0])
     if micro_steps == 1:  # no loop: on a CPU, XLA compiles the body of one to much slower code
-        total = loss_and_gradient({name: array[0] for name, array in batches.items()})
+        total = loss_and_gradient(params, {name: array[0] for name, array in batches.items()})
     else:
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        add = lambda total, batch: (jax.tree.map(jnp.add, total, loss_and_gradient(batch)), None)  # noqa: E731
+        add = lambda total, batch: (jax.tree.map(jnp.add, total, loss_and_gradient(params, batch)), None)  # noqa: E731
         total, _ = jax.lax.scan(add, zeros, batches)
     return jax.tree.map(lambda value: value / (scale * micro_steps), total)
 
 
 def train_step(state, frozen, batches, key, step, learning_rate, loss, transform, args):
-    """One update. Pure; to be jitted with the last three arguments bound.
+    """One update. Pure. Returns the new state and {name: value to log}.
 
-    state: of `make_train_state`; batches: arrays (micro-steps, rows, ...); step: from 1; loss: function of (params,
-    frozen, batch, key) to a scalar. Returns the new state and {name: value to log}. With fp16 an update whose gradient
-    is not finite is skipped, and the loss scale halved (arXiv:1710.03740).
+    state: of `make_train_state`; batches: arrays (micro-steps, rows, ...); step: from 1; loss: function of params,
+    frozen, batch, key. With fp16 an update of a gradient that is not finite is skipped (arXiv:1710.03740).
     """
     scale = state["loss_scale"]["scale"] if "loss_scale" in state else jnp.float32(1)
     mean_loss, gradient = mean_gradient(state["params"], frozen, batches, key, loss, scale)
@@ -538,8 +520,8 @@ def prepare_rows(args, parts, tokenizer, models, weights):
     tokenize_captions([""], tokenizer)  # sets up padding, which threads must not do at the same time
     if not args.cache_encodings:
         return parts, functools.partial(preprocess_train, args, tokenizer)
-    dtype, rules = np.dtype(compute_type(args)), json.loads(tokenizer.backend_tokenizer.to_str())
-    rules |= {"truncation": None, "padding": None}
+    dtype = np.dtype(compute_type(args))
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     configs = [vars(models[part].config) for part in FROZEN]
     settings = [args.resolution, args.image_interpolation_mode, args.random_flip, dtype, rules, configs]
     encoder = make_encoder(args, models, weights)
@@ -553,10 +535,11 @@ def prepare_rows(args, parts, tokenizer, models, weights):
 def log_validation(images, log, args, step):
     """Write the images (list of `PIL.Image`) as one PNG grid, and to the trackers."""
     path = Path(args.output_dir) / "validation" / f"step-{step:06d}.png"
-    columns, step_x, step_y = min(4, len(images)), images[0].width + 2, images[0].height + 2
-    grid = PIL.Image.new("RGB", (columns * step_x + 2, math.ceil(len(images) / columns) * step_y + 2))
+    columns = min(4, len(images))
+    side = images[0].width + 2  # with a border
+    grid = PIL.Image.new("RGB", (columns * side + 2, math.ceil(len(images) / columns) * side + 2))
     for index, image in enumerate(images):
-        grid.paste(image, (index % columns * step_x + 2, index // columns * step_y + 2))
+        grid.paste(image, (index % columns * side + 2, index // columns * side + 2))
     with naming(f"{path} cannot be written"):
         path.parent.mkdir(exist_ok=True)
         grid.save(path)
@@ -578,10 +561,9 @@ pipeline({prompt}).images[0].save("picture.png")"""
 
 def save_model_card(args, name, seed, steps, loss):
     """Write the card of the model `name`, --output_dir or a Hub id."""
-    base, source = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
-    text = f"`{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates of its UNet{loss}."
+    base = args.pretrained_model_name_or_path
     tags = ["stable-diffusion", "stable-diffusion-diffusers"]
-    write_model_card(args, base, name, seed, tags, text, usage(args, name))
+    write_model_card(args, base, "UNet", name, seed, tags, f"{steps} updates{loss}", usage(args, name))
 
 
 def main(args):
@@ -592,7 +574,8 @@ def main(args):
         return generate(args)
     check_output_dir(args, args.pretrained_model_name_or_path)
     check_trackers(args)
-    mesh, dtype = device_mesh(jax.devices()), compute_type(args)
+    mesh = device_mesh(jax.devices())
+    dtype = compute_type(args)
 
     # Where to start: at step 0 or at a checkpoint.
     checkpoint, start = find_start(args)
@@ -615,10 +598,9 @@ def main(args):
     run = {"seed": args.seed, "batch_size": batch_size, "rows": len(to_train), "data": parts[0]._fingerprint}
     run["architecture"] = vars(models["unet"].config)
     if checkpoint:
-        before, now = start.get("architecture", {}), run["architecture"]
-        fields = [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]
-        if fields:
-            what = f"is of another architecture: {', '.join(fields[:3])}" if before else "is of a PyTorch script"
+        before, now = start["architecture"], run["architecture"]
+        if fields := [f"{name} {before.get(name)} -> {now[name]}" for name in now if before.get(name) != now[name]]:
+            what = f"is of another architecture: {', '.join(fields[:3])}"
             raise RunError(f"--resume_from_checkpoint {checkpoint}: {what}")
         check_resume(args, checkpoint, start, run)
     validation_period = (args.validation_steps or 0) * batch_size or args.validation_epochs * len(to_train)  # examples
@@ -627,9 +609,8 @@ def main(args):
     transform = make_optimizer_transform(args)
     schedule = make_schedule(args, args.learning_rate * (batch_size if args.scale_lr else 1), last_step)
     rates = np.asarray(jax.vmap(schedule)(np.arange(last_step)), np.float32)  # no part of what is compiled
-    train_state, shardings = make_train_state(args, weights["unet"], transform, mesh, checkpoint, start)
-    frozen_weights = {part: weights[part] for part in FROZEN}
-    frozen = {} if args.cache_encodings else on_devices(frozen_weights, mesh, dtype)
+    train_state, shardings = make_train_state(args, weights.pop("unet"), transform, mesh, checkpoint, start)
+    frozen = {} if args.cache_encodings else on_devices(weights, mesh, dtype)
 
     # Every check has passed: from here on the run writes.
     repo_id = on_first_process(prepare_hub_repository, args) if args.push_to_hub else args.hub_model_id
@@ -641,9 +622,8 @@ def main(args):
     stream = ExampleStream(prepared[0].select(to_train), preprocess, args.seed)
     positions = range(examples_seen, examples_seen + (last_step - first_step) * batch_size)
     micro_batches = read_ahead(stream, positions, rows, args.dataloader_num_workers)
-    on_first_process(save_frozen_parts, args, folder, index, models, weights)
-    del weights  # on the devices now; main memory keeps only what validation needs
-    frozen_weights = frozen_weights if args.cache_encodings and args.validation_prompts else {}
+    on_first_process(save_frozen_parts, args, folder, index, tokenizer, models, weights)
+    weights = weights if args.cache_encodings and args.validation_prompts else {}  # for the pictures
 
     # What runs on the devices, each compiled once.
     def losses(params, frozen, batch, key, args):
@@ -659,19 +639,20 @@ def main(args):
     held_out = HeldOut(args, prepared[-1].select(to_hold_out), preprocess, encoder, losses, len(alphas_cumprod), start)
     update = functools.partial(train_step, loss=loss, transform=transform, args=args)
     update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
-    sampler = make_sampler(models, scheduler_config, prediction_type, VALIDATION_STEPS, dtype)
+    sampler = make_sampler(models, scheduler_config, prediction_type, 20, dtype)
 
     def validate(step):
-        averaged = train_state.get("ema", train_state["params"])
-        encoders = frozen or on_devices(frozen_weights, mesh, dtype)  # only while it samples
-        bound = functools.partial(sampler, averaged, encoders)
+        encoders = frozen or on_devices(weights, mesh, dtype)  # only while it samples
+        bound = functools.partial(sampler, train_state.get("ema", train_state["params"]), encoders)
         images = sample_prompts(bound, args.validation_prompts, tokenizer, latents_shape, args.seed, mesh)
         if jax.process_index() == 0:
             log_validation(images, log, args, step)
 
     # Loop.
-    log, checkpoints = UpdateLog(args, batch_size, first_step, last_step), CheckpointWriter(args)
-    agreed, stop = signal_agreement(mesh), 0
+    stop = 0
+    log = UpdateLog(args, batch_size, first_step, last_step)
+    checkpoints = CheckpointWriter(args)
+    agreed = signal_agreement(mesh)
     by_row = NamedSharding(mesh, PartitionSpec(None, "data"))  # of micro-batches (micro-steps, rows, ...)
     key = place(random_generator(args.seed, 4).integers(2**32, size=2, dtype=np.uint32), mesh)
     closing = contextlib.closing
@@ -679,7 +660,7 @@ def main(args):
         for step in range(first_step + 1, last_step + 1):
             batches = [log.next_batch(micro_batches) for _ in range(args.gradient_accumulation_steps)]
             batches = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-            batches = jax.tree.map(functools.partial(jax.make_array_from_process_local_data, by_row), batches)
+            batches = jax.make_array_from_process_local_data(by_row, batches)
             scalars = (place(np.int32(step), mesh), place(rates[step - 1], mesh))
             train_state, metrics = update(train_state, frozen, batches, key, *scalars)
             log.add(step, metrics)
@@ -721,24 +702,18 @@ def main(args):
 
 
 # Models ---------------------------------------------------------------------------------------------------------------
-# Attribute paths are the names in PyTorch checkpoints, such as `down_blocks.0.attentions.1.proj_in`: `name_of` is the
-# only rule for loading and saving. Images and latents are arrays (batch, height, width, channels).
+# Attribute paths are the names in PyTorch checkpoints, such as `down_blocks.0.attentions.1.proj_in`: that is all that
+# loading and saving know. Images and latents are arrays (batch, height, width, channels).
 
 
 def convolution(in_channels, out_channels, size, rngs, **options):
     """A square convolution of `size`, by default padded with `size` // 2 zeros."""
-    options = {"padding": size // 2, **options}
-    return nnx.Conv(in_channels, out_channels, (size, size), rngs=rngs, **options)
+    return nnx.Conv(in_channels, out_channels, (size, size), rngs=rngs, **{"padding": size // 2, **options})
 
 
-def group_norm(channels, config, epsilon, rngs):
-    """Group normalisation; the variance is computed in two passes, as in PyTorch."""
-    return nnx.GroupNorm(channels, config.norm_num_groups, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
-
-
-def layer_norm(channels, epsilon, rngs):
-    """Layer normalisation over the channels; the variance is computed in two passes, as in PyTorch."""
-    return nnx.LayerNorm(channels, epsilon=epsilon, use_fast_variance=False, rngs=rngs)
+# As in PyTorch, variances are computed in two passes.
+group_norm = functools.partial(nnx.GroupNorm, use_fast_variance=False)
+layer_norm = functools.partial(nnx.LayerNorm, use_fast_variance=False)
 
 
 def attention_kernel(device, dtype, head_size, lengths):
@@ -760,32 +735,23 @@ def attend(query, key, value, heads, is_causal=False):
     return out.reshape(*out.shape[:2], -1)
 
 
-class CLIPAttention(nnx.Module):
-    """Causal self-attention of CLIP's text encoder."""
-
-    def __init__(self, config, rngs):
-        width, self.heads = config.hidden_size, config.num_attention_heads
-        self.k_proj = nnx.Linear(width, width, rngs=rngs)
-        self.v_proj = nnx.Linear(width, width, rngs=rngs)
-        self.q_proj = nnx.Linear(width, width, rngs=rngs)
-        self.out_proj = nnx.Linear(width, width, rngs=rngs)
-
-    def __call__(self, x):
-        return self.out_proj(attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, is_causal=True))
-
-
 class CLIPEncoderLayer(nnx.Module):
-    """A pre-norm transformer layer of CLIP, with `quick_gelu` (SD 1.x) or the exact `gelu` (SD 2.x)."""
+    """A causal, pre-norm transformer layer of CLIP, with `quick_gelu` (SD 1.x) or the exact `gelu` (SD 2.x)."""
 
     def __init__(self, config, rngs):
-        width, inner, self.quick = config.hidden_size, config.intermediate_size, config.hidden_act == "quick_gelu"
-        self.self_attn = CLIPAttention(config, rngs)
-        self.layer_norm1 = layer_norm(width, config.layer_norm_eps, rngs)
+        width, inner = config.hidden_size, config.intermediate_size
+        self.heads = config.num_attention_heads
+        self.quick = config.hidden_act == "quick_gelu"
+        projections = ("q_proj", "k_proj", "v_proj", "out_proj")
+        self.self_attn = nnx.Dict({name: nnx.Linear(width, width, rngs=rngs) for name in projections})
+        self.layer_norm1 = layer_norm(width, epsilon=config.layer_norm_eps, rngs=rngs)
         self.mlp = nnx.Dict(fc1=nnx.Linear(width, inner, rngs=rngs), fc2=nnx.Linear(inner, width, rngs=rngs))
-        self.layer_norm2 = layer_norm(width, config.layer_norm_eps, rngs)
+        self.layer_norm2 = layer_norm(width, epsilon=config.layer_norm_eps, rngs=rngs)
 
     def __call__(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
+        hidden = self.layer_norm1(x)
+        query, key, value = (self.self_attn[name](hidden) for name in ("q_proj", "k_proj", "v_proj"))
+        x = x + self.self_attn.out_proj(attend(query, key, value, self.heads, is_causal=True))
         hidden = self.mlp.fc1(self.layer_norm2(x))
         hidden = hidden * jax.nn.sigmoid(1.702 * hidden) if self.quick else jax.nn.gelu(hidden, approximate=False)
         return x + self.mlp.fc2(hidden)
@@ -803,7 +769,7 @@ class CLIPTextModel(nnx.Module):
                 position_embedding=nnx.Embed(config.max_position_embeddings, width, rngs=rngs),
             ),
             encoder=nnx.Dict(layers=nnx.List(layers)),
-            final_layer_norm=layer_norm(width, config.layer_norm_eps, rngs),
+            final_layer_norm=layer_norm(width, epsilon=config.layer_norm_eps, rngs=rngs),
         )
 
     def __call__(self, input_ids):
@@ -820,13 +786,12 @@ class ResnetBlock2D(nnx.Module):
     """Two convolutions around a skip connection; in the UNet, the timestep's embedding is added between them."""
 
     def __init__(self, in_channels, out_channels, time_channels, config, epsilon, rngs):
-        self.norm1 = group_norm(in_channels, config, epsilon, rngs)
+        self.norm1 = group_norm(in_channels, config.norm_num_groups, epsilon=epsilon, rngs=rngs)
         self.conv1 = convolution(in_channels, out_channels, 3, rngs)
         self.time_emb_proj = nnx.Linear(time_channels, out_channels, rngs=rngs) if time_channels else None
-        self.norm2 = group_norm(out_channels, config, epsilon, rngs)
+        self.norm2 = group_norm(out_channels, config.norm_num_groups, epsilon=epsilon, rngs=rngs)
         self.conv2 = convolution(out_channels, out_channels, 3, rngs)
-        projects = in_channels != out_channels
-        self.conv_shortcut = convolution(in_channels, out_channels, 1, rngs) if projects else None
+        self.conv_shortcut = convolution(in_channels, out_channels, 1, rngs) if in_channels != out_channels else None
 
     def __call__(self, x, time_embedding=None):
         hidden = self.conv1(jax.nn.silu(self.norm1(x)))
@@ -867,7 +832,7 @@ class AttentionBlock(Attention):
 
     def __init__(self, channels, config, rngs):
         super().__init__(channels, channels, 1, True, rngs)
-        self.group_norm = group_norm(channels, config, 1e-6, rngs)
+        self.group_norm = group_norm(channels, config.norm_num_groups, epsilon=1e-6, rngs=rngs)
 
     def __call__(self, x):
         hidden = self.group_norm(x).reshape(x.shape[0], -1, x.shape[-1])
@@ -896,14 +861,15 @@ class VAEHalf(nnx.Module):
     """The encoder (`down`) or decoder of the VAE; channels: of its levels, in the order of computation."""
 
     def __init__(self, in_channels, channels, out_channels, down, config, rngs):
-        layers, last = config.layers_per_block + (not down), len(channels) - 1
+        layers = config.layers_per_block + (not down)
         levels = [[before] + [after] * layers for before, after in itertools.pairwise([channels[0], *channels])]
-        resampling = {"halves" if down else "doubles": True}
-        blocks = [VAEBlock(sizes, config, rngs, **resampling if k < last else {}) for k, sizes in enumerate(levels)]
+        way = {"halves" if down else "doubles": True}
+        blocks = [VAEBlock(sizes, config, rngs, **way if k < len(levels) else {}) for k, sizes in enumerate(levels, 1)]
         self.conv_in = convolution(in_channels, channels[0], 3, rngs)
-        self.down_blocks, self.up_blocks = (nnx.List(blocks if part else []) for part in (down, not down))
+        self.down_blocks = nnx.List(blocks if down else [])
+        self.up_blocks = nnx.List([] if down else blocks)
         self.mid_block = VAEBlock([channels[-1 if down else 0]] * 3, config, rngs, config.mid_block_add_attention)
-        self.conv_norm_out = group_norm(channels[-1], config, 1e-6, rngs)
+        self.conv_norm_out = group_norm(channels[-1], config.norm_num_groups, epsilon=1e-6, rngs=rngs)
         self.conv_out = convolution(channels[-1], out_channels, 3, rngs)
 
     def __call__(self, x):
@@ -917,7 +883,8 @@ class AutoencoderKL(nnx.Module):
     """The VAE of latent diffusion (arXiv:2112.10752)."""
 
     def __init__(self, config, rngs):
-        channels, latents = config.block_out_channels, config.latent_channels
+        channels = config.block_out_channels
+        latents = config.latent_channels
         self.encoder = VAEHalf(config.in_channels, channels, 2 * latents, True, config, rngs)
         self.decoder = VAEHalf(latents, channels[::-1], config.out_channels, False, config, rngs)
         self.quant_conv = convolution(2 * latents, 2 * latents, 1, rngs)
@@ -936,7 +903,8 @@ class TimestepEmbedding(nnx.Module):
     """Sines and cosines of the timestep (arXiv:2006.11239), through two layers."""
 
     def __init__(self, config, rngs):
-        self.channels, self.shift = config.block_out_channels[0], config.freq_shift
+        self.channels = config.block_out_channels[0]
+        self.shift = config.freq_shift
         self.cosine_first = config.flip_sin_to_cos
         self.linear_1 = nnx.Linear(self.channels, 4 * self.channels, rngs=rngs)
         self.linear_2 = nnx.Linear(4 * self.channels, 4 * self.channels, rngs=rngs)
@@ -953,13 +921,14 @@ class BasicTransformerBlock(nnx.Module):
     """Self-attention, attention to the text, and two linear layers with exact GELU gates (arXiv:2002.05202)."""
 
     def __init__(self, channels, heads, config, rngs):
-        self.norm1 = layer_norm(channels, 1e-5, rngs)
+        self.norm1 = layer_norm(channels, epsilon=1e-5, rngs=rngs)
         self.attn1 = Attention(channels, channels, heads, False, rngs)
-        self.norm2 = layer_norm(channels, 1e-5, rngs)
+        self.norm2 = layer_norm(channels, epsilon=1e-5, rngs=rngs)
         self.attn2 = Attention(channels, config.cross_attention_dim, heads, False, rngs)
-        self.norm3 = layer_norm(channels, 1e-5, rngs)
-        gated, linear = nnx.Linear(channels, 8 * channels, rngs=rngs), nnx.Linear(4 * channels, channels, rngs=rngs)
-        self.ff = nnx.Dict(net=nnx.Dict({"0": nnx.Dict(proj=gated), "2": linear}))  # "1" is a dropout in PyTorch
+        self.norm3 = layer_norm(channels, epsilon=1e-5, rngs=rngs)
+        gated = nnx.Dict(proj=nnx.Linear(channels, 8 * channels, rngs=rngs))
+        linear = nnx.Linear(4 * channels, channels, rngs=rngs)
+        self.ff = nnx.Dict(net=nnx.Dict({"0": gated, "2": linear}))  # "1" is a dropout in PyTorch
 
     def __call__(self, x, context):
         x = x + self.attn1(self.norm1(x))
@@ -974,7 +943,7 @@ class Transformer2DModel(nnx.Module):
     def __init__(self, channels, heads, config, rngs):
         linear = functools.partial(nnx.Linear, channels, channels, rngs=rngs)
         projection = linear if config.use_linear_projection else lambda: convolution(channels, channels, 1, rngs)
-        self.norm = group_norm(channels, config, 1e-6, rngs)
+        self.norm = group_norm(channels, config.norm_num_groups, epsilon=1e-6, rngs=rngs)
         self.proj_in = projection()
         self.transformer_blocks = nnx.List([BasicTransformerBlock(channels, heads, config, rngs)])
         self.proj_out = projection()
@@ -990,7 +959,8 @@ class UNetBlock(nnx.Module):
     channels before and after each residual block."""
 
     def __init__(self, pairs, heads, attentions, config, rngs, halves=False, doubles=False):
-        channels, time_channels = pairs[-1][1], 4 * config.block_out_channels[0]
+        channels = pairs[-1][1]
+        time_channels = 4 * config.block_out_channels[0]
         self.resnets = nnx.List([ResnetBlock2D(*pair, time_channels, config, config.norm_eps, rngs) for pair in pairs])
         self.attentions = nnx.List([Transformer2DModel(channels, heads, config, rngs) for _ in range(attentions)])
         self.downsamplers = resamplers(channels, halves, rngs, strides=2)
@@ -1011,28 +981,30 @@ class UNet2DConditionModel(nnx.Module):
     """The UNet of Stable Diffusion 1.x and 2.x: noisy latents, timesteps (b,) and text states (b, n, d) to latents."""
 
     def __init__(self, config, rngs):
-        channels, layers = config.block_out_channels, config.layers_per_block
+        channels = config.block_out_channels
+        layers = config.layers_per_block
         last = len(channels) - 1
         heads = config.attention_head_dim  # the published name; what it counts is heads
         heads = [heads] * len(channels) if isinstance(heads, int) else heads
         self.conv_in = convolution(config.in_channels, channels[0], 3, rngs)
         self.time_embedding = TimestepEmbedding(config, rngs)
-        down_blocks, skips = [], [channels[0]]
+        self.down_blocks = nnx.List([])
+        skips = [channels[0]]
         for k, (size, kind) in enumerate(zip(channels, config.down_block_types, strict=True)):
             pairs = list(itertools.pairwise([skips[-1]] + [size] * layers))
             attentions = layers if kind.startswith("CrossAttn") else 0
-            down_blocks.append(UNetBlock(pairs, heads[k], attentions, config, rngs, halves=k < last))
+            self.down_blocks.append(UNetBlock(pairs, heads[k], attentions, config, rngs, halves=k < last))
             skips += [size] * (layers + (k < last))
-        self.down_blocks = nnx.List(down_blocks)
         self.mid_block = UNetBlock([(channels[-1], channels[-1])] * 2, heads[-1], 1, config, rngs)
-        up_blocks, below = [], channels[-1]
+        self.up_blocks = nnx.List([])
+        below = channels[-1]
         for k, kind in enumerate(config.up_block_types):
-            size, attentions = channels[last - k], layers + 1 if kind.startswith("CrossAttn") else 0
+            size = channels[last - k]
+            attentions = layers + 1 if kind.startswith("CrossAttn") else 0
             pairs = [(skips.pop() + (size if layer else below), size) for layer in range(layers + 1)]
-            up_blocks.append(UNetBlock(pairs, heads[last - k], attentions, config, rngs, doubles=k < last))
+            self.up_blocks.append(UNetBlock(pairs, heads[last - k], attentions, config, rngs, doubles=k < last))
             below = size
-        self.up_blocks = nnx.List(up_blocks)
-        self.conv_norm_out = group_norm(channels[0], config, config.norm_eps, rngs)
+        self.conv_norm_out = group_norm(channels[0], config.norm_num_groups, epsilon=config.norm_eps, rngs=rngs)
         self.conv_out = convolution(channels[0], config.out_channels, 3, rngs)
 
     def __call__(self, x, timesteps, context, rematerialise=False):
@@ -1049,13 +1021,7 @@ class UNet2DConditionModel(nnx.Module):
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
-PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-
-
 # Sampling -------------------------------------------------------------------------------------------------------------
-VALIDATION_STEPS, GENERATION_STEPS = 20, 50  # of DDIM
-
-
 def predicted_clean(prediction_type, prediction, noisy, alphas_cumprod):
     """The x_0 that a prediction implies, given x_t. Finite for ᾱ > 0, with v and x_0 for ᾱ = 0 too."""
     if prediction_type == "epsilon":
@@ -1068,9 +1034,9 @@ def predicted_clean(prediction_type, prediction, noisy, alphas_cumprod):
 def ddim_steps(config, alphas_cumprod, number):
     """The timesteps of `number` steps of DDIM, largest first, and ᾱ before and after each: three arrays (number,). The
     scheduler's `config` (dict) says how timesteps are spaced (arXiv:2305.08891, table 2)."""
-    total, spacing = len(alphas_cumprod), config.get("timestep_spacing", "leading")
-    if config.get("rescale_betas_zero_snr"):  # only the last timestep has no signal, and sampling has to start there
-        spacing = "trailing"
+    total = len(alphas_cumprod)
+    # With zero terminal SNR only the last timestep has no signal, and sampling has to start there.
+    spacing = "trailing" if config.get("rescale_betas_zero_snr") else config.get("timestep_spacing", "leading")
     if spacing == "leading":
         timesteps = np.arange(number)[::-1] * (total // number) + config.get("steps_offset", 0)
     elif spacing == "trailing":
@@ -1084,21 +1050,18 @@ def ddim_steps(config, alphas_cumprod, number):
     return timesteps, alphas_cumprod[timesteps], after.astype(np.float32)
 
 
-def sample(params, frozen, input_ids, latents, models, steps, prediction_type, guidance_scale, dtype):
-    """Sample by DDIM (arXiv:2010.02502, eq. 12, η = 0) with classifier-free guidance (arXiv:2207.12598).
-
-    input_ids: (2, b, n), of the prompts and of empty ones; latents: noise (b, height, width, channels); steps: of
-    `ddim_steps`. Returns images (b, height, width, 3), uint8.
-    """
+def sample(params, frozen, input_ids, latents, models, steps, prediction_type, dtype, guidance_scale=7.5):
+    """Images (b, height, width, 3), uint8, of input_ids (2, b, n), those of prompts and of empty ones, and of noise: by
+    DDIM (arXiv:2010.02502, eq. 12, η = 0) with classifier-free guidance (arXiv:2207.12598). steps: of `ddim_steps`."""
     unet = models["unet"].module(gather_weights(params, dtype))
     vae, text_encoder = (models[part].module(frozen[part]) for part in FROZEN)
-    conditional, unconditional = text_encoder(input_ids[0]), text_encoder(input_ids[1])
-    encoder_hidden_states = jnp.concatenate([unconditional, conditional])
+    encoder_hidden_states = jnp.concatenate([text_encoder(input_ids[1]), text_encoder(input_ids[0])])
 
     def step(latents, values):
         timestep, alpha, alpha_after = values
-        inputs, timesteps = jnp.concatenate([latents, latents]).astype(dtype), jnp.repeat(timestep, 2 * len(latents))
-        without, given = jnp.split(unet(inputs, timesteps, encoder_hidden_states).astype(jnp.float32), 2)
+        inputs = jnp.concatenate([latents, latents]).astype(dtype)
+        predictions = unet(inputs, jnp.repeat(timestep, len(inputs)), encoder_hidden_states).astype(jnp.float32)
+        without, given = jnp.split(predictions, 2)
         prediction = without + guidance_scale * (given - without)
         clean = predicted_clean(prediction_type, prediction, latents, alpha)
         return add_noise(clean, predicted_noise(prediction_type, prediction, latents, alpha), alpha_after), None
@@ -1109,17 +1072,16 @@ def sample(params, frozen, input_ids, latents, models, steps, prediction_type, g
 
 
 def make_sampler(models, scheduler_config, prediction_type, number, dtype):
-    """`sample` in `number` steps, jitted: a function of (params, frozen, input_ids, latents)."""
+    """`sample` in `number` steps of DDIM, jitted: a function of (params, frozen, input_ids, latents)."""
     steps = ddim_steps(scheduler_config, training_alphas_cumprod(scheduler_config), number)
-    settings = {"prediction_type": prediction_type, "guidance_scale": 7.5, "dtype": dtype}
-    return jax.jit(functools.partial(sample, models=models, steps=steps, **settings))
+    return jax.jit(functools.partial(sample, models=models, steps=steps, prediction_type=prediction_type, dtype=dtype))
 
 
 def sample_prompts(sampler, prompts, tokenizer, latents_shape, seed, mesh):
-    """Generate a `PIL.Image` of every prompt, one per device at a time, always from the same noise. To be called by
-    every process. sampler: function of (input_ids, latents)."""
-    images, devices = [], mesh.devices.size
-    for first in range(0, len(prompts), devices):
+    """A `PIL.Image` of each prompt by sampler(input_ids, latents), from the same noise. Called by every process."""
+    images = []
+    devices = mesh.devices.size
+    for first in range(0, len(prompts), devices):  # one per device at a time
         part = [*prompts[first : first + devices]]
         part += [""] * (devices - len(part))
         input_ids = np.stack([tokenize_captions(texts, tokenizer)["input_ids"] for texts in (part, [""] * devices)])
@@ -1133,13 +1095,14 @@ def sample_prompts(sampler, prompts, tokenizer, latents_shape, seed, mesh):
 
 def generate(args):
     """Generate a picture of --generate with the pipeline, and write it as a new PNG file to the current folder."""
-    mesh, dtype = device_mesh(jax.devices()), compute_type(args)
+    mesh = device_mesh(jax.devices())
+    dtype = compute_type(args)
     _, _, scheduler_config, tokenizer, models, weights = load_pipeline(args)
     latents_shape = check_architecture(models, tokenizer, args.resolution)
     prediction_type = args.prediction_type or scheduler_config.get("prediction_type", "epsilon")
     check_objective(prediction_type, training_alphas_cumprod(scheduler_config))
     placed = on_devices(weights, mesh, dtype)
-    sampler = make_sampler(models, scheduler_config, prediction_type, GENERATION_STEPS, dtype)
+    sampler = make_sampler(models, scheduler_config, prediction_type, 50, dtype)
     sampler = functools.partial(sampler, placed["unet"], placed)
     (image,) = sample_prompts(sampler, [args.generate], tokenizer, latents_shape, args.seed, mesh)
     if jax.process_index() == 0:
@@ -1172,9 +1135,12 @@ class Model(NamedTuple):
 
 def make_model(module_class, config):
     """The `Model` of `module_class` for `config` (SimpleNamespace); makes no weights."""
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: module_class(config, nnx.Rngs(0))))
-    flat = {name_of(path): (path, variable.shape) for path, variable in nnx.to_flat_state(state)}
-    paths, shapes = ({name: pair[index] for name, pair in flat.items()} for index in (0, 1))
+    rngs = SimpleNamespace(params=lambda: jax.random.key(0))  # nnx.Rngs counts its keys: seconds for SD's UNet
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: module_class(config, rngs)))
+    flat = list(nnx.to_flat_state(state))  # paths end with Flax's names: kernel, scale, embedding or bias
+    names = [".".join([*map(str, path[:-1]), "bias" if path[-1] == "bias" else "weight"]) for path, _ in flat]
+    paths = dict(zip(names, (path for path, _ in flat), strict=True))
+    shapes = dict(zip(names, (variable.shape for _, variable in flat), strict=True))
     return Model(config, graphdef, paths, shapes)
 
 
@@ -1185,22 +1151,13 @@ def gather_weights(weights, dtype):
     return {name: jax.lax.with_sharding_constraint(value.astype(dtype), whole) for name, value in weights.items()}
 
 
-def name_of(path):
-    """The name in a PyTorch checkpoint of the weight at `path` in a module, a tuple that ends with Flax's name."""
-    return ".".join([*map(str, path[:-1]), "bias" if path[-1] == "bias" else "weight"])
-
-
 def flax_path_of(path):
     """The place of a weight in diffusers' Flax checkpoints, a tuple: indices are part of a name, but not in CLIP."""
+    name = ".".join(map(str, path))
     if path[0] in ("encoder", "decoder") and "attentions" in path:
-        names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out": "proj_attn"}
-        path = tuple(names.get(part, part) for above, part in itertools.pairwise((None, *path)) if above != "to_out")
-    if path[0] == "text_model":
-        return tuple(map(str, path))
-    joined = []
-    for part in map(str, path):
-        joined = [*joined[:-1], f"{joined[-1]}_{part}"] if part.isdecimal() else [*joined, part]
-    return tuple(joined)
+        for older, newer in VAE_ATTENTION.items():
+            name = name.replace(f".{newer}.", f".{older}.")
+    return tuple((name if path[0] == "text_model" else re.sub(r"\.(\d+)", r"_\1", name)).split("."))
 
 
 def to_module_layout(path, array):
@@ -1215,39 +1172,41 @@ def to_checkpoint_layout(path, array):
     return array.transpose(axes) if path[-1] == "kernel" else array
 
 
+PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
 # Names of weight files: of safetensors without suffix, and of Flax's.
 FILE_NAMES = dict.fromkeys(("unet", "vae"), ("diffusion_pytorch_model", "diffusion_flax_model.msgpack"))
 FILE_NAMES["text_encoder"] = ("model", "flax_model.msgpack")
+# Names of layers in older checkpoints of the VAE, and in Flax's.
+VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def weight_files(folder, variant):
     """The weight files in a model's folder (Paths): safetensors, one or several, or Flax's msgpack. Raises RunError."""
     stem, flax_name = FILE_NAMES[folder.name]
     suffix = f".{variant}" if variant else ""
-    index, names = folder / f"{stem}.safetensors.index{suffix}.json", [f"{stem}{suffix}.safetensors"]
+    index = folder / f"{stem}.safetensors.index{suffix}.json"
+    names = [f"{stem}{suffix}.safetensors"]
     if index.is_file():
-        with naming(f"{index}"):
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     elif not variant and (folder / flax_name).is_file() and not (folder / names[0]).is_file():
         names = [flax_name]
     missing = ", ".join(name for name in names if not (folder / name).is_file())
     others = sorted(path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".msgpack"))
     if missing:
-        hint = ".bin files are not loaded, for pickles can run code; with PyTorch: "
-        hint += "DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)"
-        problem = f"{missing} is missing, only {', '.join(others) or 'files that are not read'}"
-        raise RunError(f"{folder}: {problem}; {'is another --variant meant?' if others else hint}")
+        pickles = "files that are not read; .bin files are not loaded; if you trust them, with PyTorch: "
+        pickles += "DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)"
+        only = f"{', '.join(others)}; is another --variant meant?" if others else pickles
+        raise RunError(f"{folder}: {missing} is missing, only {only}")
     return [folder / name for name in names]
 
 
 def read_weights(model, folder, variant):
-    """A model's weights: {name: NumPy array in the module's layout, float32}. Raises RunError that names what is
-    missing, unexpected or of another shape. Takes the names of all releases of diffusers and transformers."""
+    """A model's weights, {name: array in the module's layout, float32}, from files of any release. Raises RunError."""
     tensors = {}
     for file in weight_files(folder, variant):
         with naming(f"{file}: cannot be read"):
             if file.suffix == ".msgpack":
-                tensors = flax.traverse_util.flatten_dict(flax.serialization.msgpack_restore(file.read_bytes()))
+                tensors = traverse_util.flatten_dict(serialization.msgpack_restore(file.read_bytes()))
                 places = {flax_path_of(path): name for name, path in model.paths.items()}
                 tensors = {places.get(place, "/".join(place)): array for place, array in tensors.items()}
             else:
@@ -1269,8 +1228,7 @@ def published_name(name, part):
     """The name of a tensor in most checkpoints, for one that an older or newer release has written."""
     if part == "text_encoder" and not name.startswith("text_model."):
         return f"text_model.{name}"
-    names = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    return re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)\.", lambda m: f"{m[1]}{names[m[2]]}.", name)
+    return re.sub(r"(?<=attentions\.0\.)(query|key|value|proj_attn)\b", lambda found: VAE_ATTENTION[found[0]], name)
 
 
 def write_weights(model, weights, folder, flax_too):
@@ -1279,8 +1237,8 @@ def write_weights(model, weights, folder, flax_too):
     arrays = {name: np.ascontiguousarray(to_checkpoint_layout(model.paths[name], weights[name])) for name in weights}
     safetensors.numpy.save_file(arrays, folder / f"{stem}.safetensors", metadata={"format": "pt"})
     if flax_too:
-        tree = flax.traverse_util.unflatten_dict({flax_path_of(model.paths[name]): weights[name] for name in weights})
-        (folder / flax_name).write_bytes(flax.serialization.msgpack_serialize(tree))
+        tree = traverse_util.unflatten_dict({flax_path_of(model.paths[name]): weights[name] for name in weights})
+        (folder / flax_name).write_bytes(serialization.msgpack_serialize(tree))
 
 
 # The fields of a configuration that say how a model is built, with the defaults of the libraries.
@@ -1328,29 +1286,26 @@ FIXED = {
 
 def read_config(folder):
     """Read config.json of a model's folder as a SimpleNamespace of FIELDS. Raises RunError if FIXED is not met."""
-    path, part = folder / "config.json", folder.name
+    path = folder / "config.json"
     with naming(f"{path}"):
         config = json.loads(path.read_text())
-    for allowed, field in ((allowed, field) for allowed, fields in FIXED[part] for field in fields.split()):
+    for allowed, field in ((allowed, field) for allowed, fields in FIXED[folder.name] for field in fields.split()):
         value = config.get(field, allowed[0])
         if not all(element in allowed for element in (value if isinstance(value, list) else [value])):
             choice = " or ".join(map(json.dumps, allowed))
-            what = f"{field} is {json.dumps(value)}; in Stable Diffusion 1.x and 2.x, which alone are supported, it is"
-            raise RunError(f"{path}: {what} {choice}")
-    return SimpleNamespace(**{field: config.get(field, default) for field, default in FIELDS[part].items()})
+            raise RunError(f"{path}: {field} is {json.dumps(value)}; in Stable Diffusion 1.x and 2.x it is {choice}")
+    return SimpleNamespace(**{field: config.get(field, default) for field, default in FIELDS[folder.name].items()})
 
 
 def load_pipeline(args):
     """The pipeline to start from: its folder and the UNet's, the scheduler's configuration (dict), the tokenizer,
     {part: `Model`} and {part: weights, float32}. Raises RunError."""
-    path = args.pretrained_model_name_or_path
-    folder = unet_folder = find_pipeline(path, args.revision, args)
-    if args.non_ema_revision:
-        unet_folder = find_pipeline(path, args.non_ema_revision, args, "unet")
+    folder = find_pipeline(args, args.revision)
+    unet_folder = find_pipeline(args, args.non_ema_revision, "unet") if args.non_ema_revision else folder
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # on import, about models that are not used here
     from transformers import CLIPTokenizer
 
-    with naming(f"--pretrained_model_name_or_path {path}"):
+    with naming(f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"):
         scheduler_config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         if "beta_schedule" not in scheduler_config:  # flow matching, say
             raise RunError(f"{scheduler_config.get('_class_name')}: pipelines with this scheduler are not supported")
@@ -1361,12 +1316,13 @@ def load_pipeline(args):
     return folder, unet_folder, scheduler_config, tokenizer, models, weights
 
 
-def find_pipeline(path, revision, args, part="*"):
+def find_pipeline(args, revision, part="*"):
     """The local folder of a pipeline, or only of its sub-folder `part`; downloaded from a Hub id. Raises RunError."""
-    name, folder = f"--pretrained_model_name_or_path {path}", Path(path)
+    path = args.pretrained_model_name_or_path
+    name = f"--pretrained_model_name_or_path {path}"
+    folder = Path(path)
     if folder.is_file():
-        convert = "StableDiffusionPipeline.from_single_file(file).save_pretrained(folder)"
-        raise RunError(f"{name}: is a single file; convert it by diffusers' {convert}")
+        raise RunError(f"{name}: is a single file; convert it by from_single_file and save_pretrained")
     if path.startswith(("/", ".", "~")) and not folder.is_dir():
         raise RunError(f"{name}: there is no such folder")
     if not folder.is_dir():
@@ -1386,8 +1342,7 @@ def find_pipeline(path, revision, args, part="*"):
 
 
 def result_index(folder, variant):
-    """The result's model_index.json (dict), from that of a pipeline's folder: with PyTorch's class names, which Flax
-    reads too, and without a safety checker that PyTorch cannot load. Raises RunError."""
+    """The result's model_index.json (dict): with PyTorch's class names, and no safety checker that it cannot load."""
     with naming("model_index.json"):
         index = json.loads((folder / "model_index.json").read_text())
     for part, entry in ((part, entry) for part, entry in index.items() if isinstance(entry, list)):
@@ -1396,11 +1351,11 @@ def result_index(folder, variant):
         index[part] = [name and name.removeprefix("Flax") for name in entry if (folder / part).is_dir()] or [None, None]
     names = ["model.safetensors", "pytorch_model.bin"] + [f"model.{variant}.safetensors"] * bool(variant)
     if not any((folder / "safety_checker" / name).is_file() for name in names):
-        index["safety_checker"], index["requires_safety_checker"] = [None, None], False
+        index |= {"safety_checker": [None, None], "requires_safety_checker": False}
     return {**index, "_class_name": "StableDiffusionPipeline"}
 
 
-def save_frozen_parts(args, folder, index, models, weights):
+def save_frozen_parts(args, folder, index, tokenizer, models, weights):
     """Write all of the result but what is trained, before the training, so that nothing can be missing after it."""
     output_dir = Path(args.output_dir)
     with naming(f"{output_dir} cannot be written"):
@@ -1410,28 +1365,18 @@ def save_frozen_parts(args, folder, index, models, weights):
                 shutil.copytree(folder / part, output_dir / part, dirs_exist_ok=True, ignore=code)
                 for path in (output_dir / part).glob(f"*.{args.variant}.safetensors") if args.variant else ():
                     path.rename(path.with_name(path.name.replace(f".{args.variant}.", ".")))
-        write_vocabulary(output_dir / "tokenizer")
+        if not (output_dir / "tokenizer" / "vocab.json").exists():  # of transformers 4: 5 saves tokenizer.json alone
+            tokenizer.backend_tokenizer.model.save(str(output_dir / "tokenizer"))
         for part in FROZEN:
             save_model(args, folder / part, models[part], weights[part])
-
-
-def write_vocabulary(folder):
-    """Write vocab.json and merges.txt, which transformers 5 does not save and 4 reads, from its tokenizer.json."""
-    if (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
-        model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-        merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
-        (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-        (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
 def save_model(args, source, model, weights):
     """Write a model to its folder in output_dir, with its configuration from the folder `source`."""
     folder = Path(args.output_dir) / source.name
     folder.mkdir(exist_ok=True)
-    config = json.loads((source / "config.json").read_text())
-    if "_class_name" in config:
-        config["_class_name"] = config["_class_name"].removeprefix("Flax")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config = (source / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(config.replace(b'"_class_name": "Flax', b'"_class_name": "'))
     write_weights(model, weights, folder, args.save_flax_weights)
 
 
@@ -1452,13 +1397,14 @@ def save_result(args, folder, unet_folder, index, model, params, prediction_type
 # The machinery
 # ----------------------------------------------------------------------------------------------------------------------
 
-
 logger = logging.getLogger(__name__)
 PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks; twice as much is an error
 warnings.filterwarnings("ignore", module="PIL|accelerate|datasets|diffusers|huggingface_hub|peft|transformers")
 fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
-LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
+FOR_TESTS = r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)"  # folders and archives, of any case
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
+INITIAL_LOSS_SCALE = {"scale": np.float32(2.0**16), "finite_steps": np.int32(0)}  # as PyTorch's GradScaler
 
 
 class RunError(Exception):
@@ -1488,31 +1434,32 @@ def naming(what):
 # Data sets and the stream of examples ---------------------------------------------------------------------------------
 def load_data(args, flags, batch_size):
     """[data set, maybe another for validation], rows of the first to train on, held-out rows of the last."""
-    parts = [load_train_dataset(args, flags, args.seed)]
-    if folder := args.validation_data_dir:
-        other = {**vars(args), "dataset_name": None, "train_data_dir": folder, "max_train_samples": None}
-        parts.append(load_train_dataset(argparse.Namespace(**other), flags, args.seed))
+    sources = ["dataset_name" if args.dataset_name else "train_data_dir", "validation_data_dir"]
+    parts = [load_rows(args, source, flags) for source in sources if getattr(args, source)]
+    if args.max_train_samples:
+        parts[0] = parts[0].select(random_generator(args.seed, 3).permutation(len(parts[0]))[: args.max_train_samples])
     if args.skip_bad_images or not args.cache_encodings:  # else the encoding names bad images
         parts = [part.select(on_first_process(readable_rows, args, part)) for part in parts]
     held_out, to_train = np.split(random_generator(args.seed, 5).permutation(len(parts[0])), [args.validation_rows])
     if args.validation_rows and len(to_train) < batch_size:
         raise RunError(f"--validation_rows {args.validation_rows}: of {len(parts[0])}, leaves no batch of {batch_size}")
-    return parts, np.sort(to_train), range(len(parts[1])) if folder else held_out
+    return parts, np.sort(to_train), range(len(parts[1])) if args.validation_data_dir else held_out
 
 
-def load_train_dataset(args, flags, seed):
+def load_rows(args, source_flag, flags):
     """Load the columns of the training split that `flags` name, images undecoded. Raises RunError."""
-    source, columns = args.dataset_name or args.train_data_dir, [getattr(args, flag) for flag in flags]
-    folder_flag = "--validation_data_dir" if source == args.validation_data_dir else "--train_data_dir"
-    if not args.dataset_name and not Path(source).is_dir():
-        raise RunError(f"{folder_flag} {source}: there is no such folder")
-    with naming(f"--dataset_name {source}" if args.dataset_name else f"{folder_flag} {source}"):
+    source = getattr(args, source_flag)
+    columns = [getattr(args, flag) for flag in flags]
+    is_folder = source_flag != "dataset_name"
+    if is_folder and not Path(source).is_dir():
+        raise RunError(f"--{source_flag} {source}: there is no such folder")
+    with naming(f"--{source_flag} {source}"):
         if any(Path(source, name).is_file() for name in ("state.json", "dataset_dict.json")):
             dataset = datasets.load_from_disk(source)
         else:
-            own = {"data_files": {"train": os.path.join(glob.escape(source), "**")}}
-            options = {"name": args.dataset_config_name, "data_dir": args.train_data_dir} if args.dataset_name else own
-            dataset = datasets.load_dataset(args.dataset_name or "imagefolder", cache_dir=args.cache_dir, **options)
+            on_hub = {"path": source, "name": args.dataset_config_name, "data_dir": args.train_data_dir}
+            in_folder = {"path": "imagefolder", "data_files": {"train": os.path.join(glob.escape(source), "**")}}
+            dataset = datasets.load_dataset(cache_dir=args.cache_dir, **(in_folder if is_folder else on_hub))
         dataset = dataset["train"] if isinstance(dataset, dict) else dataset
     found = dataset.column_names
     for flag, column in zip(flags, columns, strict=True):
@@ -1522,7 +1469,7 @@ def load_train_dataset(args, flags, seed):
         is_list = isinstance(feature, datasets.List)
         with naming(f"--{flag} {column}: holds {feature}, which cannot be used"):
             if flag == "image_column":
-                dataset = place_images(args, dataset, columns)
+                dataset = place_images(dataset, columns, source, is_folder)
             elif getattr(feature.feature if is_list else feature, "dtype", None) not in ("string", "large_string"):
                 text = dataclasses.replace(feature.feature if is_list else feature, dtype="string")  # of numbers
                 dataset = dataset.cast_column(column, dataclasses.replace(feature, feature=text) if is_list else text)
@@ -1531,14 +1478,14 @@ def load_train_dataset(args, flags, seed):
         if True in empty:
             path = (dataset[empty.index(True)][args.image_column] or {}).get("path") or "unnamed"
             raise RunError(f"--{flag} {column}: row {empty.index(True)} is empty, of {path}; .csv loses None and n/a")
-    if args.max_train_samples:
-        dataset = dataset.select(random_generator(seed, 3).permutation(len(dataset))[: args.max_train_samples])
     return dataset
 
 
-def place_images(args, dataset, columns):
+def place_images(dataset, columns, source, is_folder):
     """Undecoded images by their paths on disk, those for tests left out; .txt files beside them if without metadata."""
-    folder, column, found = os.path.abspath(args.dataset_name or args.train_data_dir), columns[0], dataset.column_names
+    folder = os.path.abspath(source)
+    column = columns[0]
+    found = dataset.column_names
     dataset = dataset.select_columns([name for name in columns if name in dataset.column_names])
     dataset = dataset.cast_column(column, datasets.Image(decode=False))
     contents, named = dataset.data.column(column).flatten()
@@ -1557,8 +1504,8 @@ def place_images(args, dataset, columns):
     if columns[1:] and set(found) <= {"image", "label"}:  # no metadata
         captions = [read_caption(path) for path in paths]
         dataset = dataset.add_column(columns[1], captions) if any(captions) else dataset
-    left_out = re.compile(r"\.(txt|json)::", re.IGNORECASE) if args.dataset_name else LEFT_OUT
-    rows = [row for row, path in enumerate(paths) if not left_out.search(path.replace(folder, ""))]
+    left_out = r"\.(txt|json)::" + f"|{FOR_TESTS}" * is_folder  # files of an archive that are no images
+    rows = [row for row, path in enumerate(paths) if not re.search(left_out, path.replace(folder, ""), re.IGNORECASE)]
     if others := sorted(set(images).difference(paths[row] for row in rows)):
         logger.warning(f"left out {len(others)} images, for tests or without metadata: {', '.join(others[:3])} ...")
     return dataset.select(rows).flatten_indices() if len(rows) < len(paths) else dataset
@@ -1640,10 +1587,8 @@ class ExampleStream:
 
 
 def read_ahead(stream, positions, rows, threads):
-    """Yield this process's share of micro-batches of `rows` examples of an `ExampleStream`: dicts of arrays.
-
-    Threads read them ahead, up to two each. "positions" are high and low halves, (n, 2) of uint32: JAX lacks 64 bits.
-    """
+    """Yield this process's share of micro-batches of `rows` examples, dicts of arrays; threads read up to two each
+    ahead. "positions" are high and low halves, (n, 2) of uint32: JAX lacks 64 bits."""
     if not threads:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = 1 if jax.default_backend() == "cpu" else min(16, cores)
@@ -1655,26 +1600,23 @@ def read_ahead(stream, positions, rows, threads):
         batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
         return {**batch, "positions": np.stack([numbers >> 32, numbers & 0xFFFFFFFF], axis=1).astype(np.uint32)}
 
-    executor, waiting = ThreadPoolExecutor(threads), collections.deque()
+    executor = ThreadPoolExecutor(threads)
+    waiting = []
     try:
-        with naming("the training images cannot be read"):
-            for first in range(jax.process_index() * own, len(positions), rows):
-                waiting.append(executor.submit(read, first))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+        for first in range(jax.process_index() * own, len(positions), rows):
+            waiting.append(executor.submit(read, first))
+            if len(waiting) > 2 * threads:
+                yield waiting.pop(0).result()
+        while waiting:
+            yield waiting.pop(0).result()
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
 
 # Cached encodings -----------------------------------------------------------------------------------------------------
 def cached_encodings(args, dataset, settings, weights, encode):
-    """The rows {"encodings": bytes} of `dataset`, memory-mapped from --cache_encodings. Encodes those that are missing.
-
-    settings: what determines encodings besides weights (trees of arrays) and rows; encode: function of a batch (a dict
-    of lists, images decoded) to a list of bytes. To be called by every process: an error or a signal in one stops all.
-    """
+    """The rows {"encodings": bytes} of `dataset`, memory-mapped from --cache_encodings; encodes missing ones. To be
+    called by every process: an error or a signal in one stops all."""
     chunks = on_first_process(list_chunks, args, dataset, settings, weights)
     missing = on_first_process(lambda: [chunk for chunk in chunks if not os.path.exists(chunk[0])])
     own = missing[jax.process_index() :: jax.process_count()]
@@ -1689,8 +1631,8 @@ def cached_encodings(args, dataset, settings, weights, encode):
 
     def encode_chunk(path, first, last):
         with naming(f"--cache_encodings: rows {first} to {last} cannot be encoded to {path}"):
-            chunk, name = dataset.select(range(first, last)), Path(path).stem
-            chunk.map(encode_batch, cache_file_name=path, new_fingerprint=name, **options)
+            chunk = dataset.select(range(first, last))
+            chunk.map(encode_batch, cache_file_name=path, new_fingerprint=Path(path).stem, **options)
         if noted:  # in the last batch
             sys.exit(128 + noted[0][0])
 
@@ -1749,7 +1691,8 @@ def row_digests(args, dataset):
 
 def make_encoder(args, models, weights):
     """A function of ("pixel_values" or "input_ids", array of any length) that calls `encode` on local devices."""
-    mesh, dtype = device_mesh(jax.local_devices()), compute_type(args)
+    mesh = device_mesh(jax.local_devices())
+    dtype = compute_type(args)
     frozen = on_devices({part: weights[part] for part in FROZEN}, mesh, dtype)
     compiled = jax.jit(functools.partial(encode, models=models, dtype=dtype))
     size = args.train_batch_size * mesh.size
@@ -1772,23 +1715,36 @@ def list_checkpoints(output_dir):
 
 def find_start(args):
     """Where the run starts: a checkpoint and its state, or None and that of step 0. To be called by every process."""
-    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    output_dir = Path(args.output_dir)
+    wanted = args.resume_from_checkpoint
     found = [path for _, path in reversed(list_checkpoints(output_dir))]
     earlier_run = bool(found) or (output_dir / "model_index.json").exists()
     if earlier_run and not wanted:
         raise RunError(f"--output_dir {output_dir}: holds an earlier run; --resume_from_checkpoint or another folder")
     if wanted and wanted != "latest":
-        named = output_dir / (f"checkpoint-{wanted}" if wanted.isdecimal() else Path(wanted).name)
+        named = output_dir / f"checkpoint-{Path(wanted).name.removeprefix('checkpoint-')}"
         found = [Path(wanted) if Path(wanted).is_dir() else named]
     complete = ((path, state) for path in found if (state := read_checkpoint(path)))
     checkpoint, state = next(complete, (None, {"step": 0, "examples_seen": 0}))
     if wanted and not checkpoint and (earlier_run or wanted != "latest"):
         raise RunError(f"--resume_from_checkpoint {wanted}: there is no complete checkpoint in {output_dir}")
-    if args.use_ema > state.get("arguments", vars(args))["use_ema"]:
-        raise RunError(f"{checkpoint}: --use_ema cannot be added at a resume")
+    if checkpoint and "architecture" not in state:
+        raise RunError(f"--resume_from_checkpoint {checkpoint}: is of a PyTorch script")
     if len(set(gather_values(state["step"]))) > 1:
         raise RunError(f"--output_dir {output_dir}: must be on a disk that all processes share")
+    if checkpoint:
+        check_flags(args, checkpoint, state["arguments"], recorded_arguments(args, args.seed))
     return checkpoint, state
+
+
+def check_flags(args, checkpoint, before, now):
+    """Log the flags that have changed since a checkpoint. Raises RunError if one of them cannot. before, now: dicts."""
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    changes = {name: f"--{name} {now.get(name)} (was {before.get(name)})" for name in names}
+    logger.info(f"resuming from {checkpoint}; changed: {', '.join(changes.values()) or 'nothing'}")
+    fixed = ["rank", "lora_alpha", "lora_target_modules", "use_8bit_adam"] + (["use_ema"] if args.use_ema else [])
+    if refused := [changes[name] for name in fixed if name in changes]:
+        raise RunError(f"{checkpoint}: cannot resume with {', '.join(refused)}")
 
 
 def read_checkpoint(checkpoint):
@@ -1805,11 +1761,7 @@ def read_checkpoint(checkpoint):
 
 
 def check_resume(args, checkpoint, before, run):
-    """Log what changed from the checkpoint's state `before` to this `run`: flags, and what the result depends on."""
-    flags, now = before["arguments"], recorded_arguments(args, run["seed"])
-    changed = [name for name in sorted({*flags, *now}) if flags.get(name) != now.get(name)]
-    changes = ", ".join(f"--{name} {now.get(name)} (was {flags.get(name)})" for name in changed)
-    logger.info(f"resuming from {checkpoint}; changed: {changes or 'nothing'}")
+    """Warn of what the result depends on and is not as in the checkpoint's state `before`. Raises RunError."""
     for key in (key for key in run if before[key] != run[key]):
         was = f"{checkpoint} was made with another {key.replace('_', ' ')} ({before[key]}, now {run[key]})"
         if args.validation_rows and key in ("seed", "rows"):
@@ -1819,20 +1771,19 @@ def check_resume(args, checkpoint, before, run):
 
 class CheckpointWriter:
     """Writes checkpoint-<step> atomically and in the background, then prunes older ones. To be used by every process.
-
-    Orbax copies the arrays to main memory, writes them to a temporary folder, each process what it holds, and renames
-    it. (Its CheckpointManager deletes old checkpoints in place: a crash leaves half of one under its final name.)
-    """
+    (Orbax's CheckpointManager deletes old ones in place: a crash leaves half of one under its final name.)"""
 
     def __init__(self, args):
         options = ocp.options.AsyncOptions(post_finalization_callback=self.complete)
         self.checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), async_options=options)
-        self.args, self.state, self.path = args, None, None  # path: of the checkpoint that is being written
+        self.args = args
+        self.state = self.path = None  # of the checkpoint that is being written
 
     def save(self, train_state, state):
         """Start to write a tree of arrays, which may be donated as soon as this returns. Raises RunError."""
         self.finish()
-        self.state, self.path = state, Path(self.args.output_dir).absolute() / f"checkpoint-{state['step']}"
+        self.state = state
+        self.path = Path(self.args.output_dir).absolute() / f"checkpoint-{state['step']}"
         with naming(f"{self.path} cannot be written"):
             self.checkpointer.save(self.path, ocp.args.Composite(train_state=ocp.args.StandardSave(train_state)))
 
@@ -1856,9 +1807,9 @@ class CheckpointWriter:
             self.checkpointer.wait_until_finished()
             if jax.process_index() == 0:
                 flush_to_disk(self.path.parent)
-                best = [entry["step"] for entry in self.state["validation"] if entry["best"]][-1:]
-                found, newest = list_checkpoints(self.path.parent), self.args.checkpoints_total_limit or sys.maxsize
-                for path in (path for step, path in found[:-newest] if step not in best):
+                kept = [entry["step"] for entry in self.state["validation"] if entry["best"]][-1:]
+                older = list_checkpoints(self.path.parent)[: -(self.args.checkpoints_total_limit or sys.maxsize)]
+                for path in (path for step, path in older if step not in kept):
                     shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))  # a crash leaves no half of one
         logger.info(f"saved {self.path}")
         self.path = None
@@ -1895,9 +1846,8 @@ def check_output_dir(args, *models):
         "--logging_dir is a file": (folder / args.logging_dir).is_file(),
         f"no permission to write to {existing}": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
     }
-    for problem, found in problems.items():
-        if found:
-            raise RunError(f"--output_dir {args.output_dir}: {problem}; name another folder")
+    if found := [problem for problem, is_so in problems.items() if is_so]:
+        raise RunError(f"--output_dir {args.output_dir}: {found[0]}; name another folder")
 
 
 def prepare_output_dir(args, first_step, last_step):
@@ -1905,9 +1855,8 @@ def prepare_output_dir(args, first_step, last_step):
     output_dir = Path(args.output_dir)
     with naming(f"--output_dir {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
-        for pattern in ("checkpoint-*.partial", "checkpoint-*.orbax-checkpoint-tmp*"):
-            for folder in output_dir.glob(pattern):
-                shutil.rmtree(folder)
+        for path in (*output_dir.glob("checkpoint-*.partial"), *output_dir.glob("checkpoint-*.orbax-checkpoint-tmp*")):
+            shutil.rmtree(path)
         for step, folder in list_checkpoints(output_dir):
             if first_step < step and first_step < last_step:
                 aside = folder.rename(output_dir / f"set-aside-{time.time():.0f}-{folder.name}")
@@ -1915,13 +1864,9 @@ def prepare_output_dir(args, first_step, last_step):
 
 
 # Processes and signals ------------------------------------------------------------------------------------------------
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-
-
 @functools.cache  # once per process, however often `main` is called
 def connect_hosts():
-    """Join the other processes of the run, given by environment variables or found by JAX (TPU pods, Slurm, Open MPI,
-    Kubernetes), before a device is used. Raises RunError."""
+    """Join the other processes, named by the environment or found by JAX (TPU, Slurm, MPI ...). Raises RunError."""
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = [os.environ[name] for name in names if name in os.environ]
     if len(given) in (1, 2):
@@ -1941,7 +1886,8 @@ def set_up_logging():
     above_bar = logging.Handler()
     above_bar.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     above_bar.emit = lambda record: tqdm.write(printable(above_bar.format(record)), file=sys.stderr)
-    logger.handlers, logger.propagate = [above_bar], False
+    logger.handlers = [above_bar]
+    logger.propagate = False
     logger.setLevel(logging.INFO if jax.process_index() == 0 else logging.ERROR)
     datasets.disable_progress_bars()
     if not sys.stderr.isatty():
@@ -1950,13 +1896,7 @@ def set_up_logging():
     absl_logging.set_verbosity(absl_logging.FATAL)  # Orbax logs every error that it raises, over pages
     # Of writes that fail, Orbax raises the first; asyncio would report the others one by one, also after its end.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    sys.unraisablehook = report_unraisable
-
-
-def report_unraisable(unraisable):
-    """The `sys.unraisablehook` of a run: without the writes that reach Orbax's event loop after its end."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
+    sys.unraisablehook = lambda raised: "loop is closed" in str(raised.exc_value) or sys.__unraisablehook__(raised)
 
 
 def gather_values(value):
@@ -1972,10 +1912,8 @@ def on_all_processes(function):
     failure = None
     try:
         function()
-    except RunError as error:
-        failure = str(error)
-    except SystemExit as error:
-        failure = error.code
+    except (RunError, SystemExit) as error:
+        (failure,) = error.args
     for first in filter(None, gather_values(failure)):
         raise RunError(first) if isinstance(first, str) else SystemExit(first)
 
@@ -2009,7 +1947,8 @@ def noted_signals():
 def signal_agreement(mesh):
     """A function of the list of `noted_signals` that returns the same signal to stop for, or 0, in every process: what
     one of them had noted at the call before, which the devices have computed by then."""
-    sharding, asked = NamedSharding(mesh, PartitionSpec("data")), np.int32(0)
+    asked = np.int32(0)
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
     largest = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def agreed(noted):
@@ -2017,7 +1956,8 @@ def signal_agreement(mesh):
         signum = noted[0][0] if noted else 0
         if jax.process_count() == 1:
             return signum
-        answer, own = int(jax.device_get(asked)), np.full(jax.local_device_count(), signum, np.int32)
+        answer = int(jax.device_get(asked))
+        own = np.full(jax.local_device_count(), signum, np.int32)
         asked = largest(jax.make_array_from_process_local_data(sharding, own))
         return answer
 
@@ -2051,8 +1991,8 @@ def device_mesh(devices):
 
 def place(array, mesh, spec=None):
     """Put an array that every process holds on the devices of the mesh, by default whole on each."""
-    array, sharding = np.asarray(array), NamedSharding(mesh, spec or PartitionSpec())
-    return jax.make_array_from_process_local_data(sharding, array, array.shape)
+    sharding = NamedSharding(mesh, spec or PartitionSpec())
+    return jax.make_array_from_process_local_data(sharding, np.asarray(array), np.shape(array))
 
 
 def on_devices(weights, mesh, dtype):
@@ -2063,39 +2003,31 @@ def on_devices(weights, mesh, dtype):
 def spread(shape, mesh, shard):
     """The `PartitionSpec` of a weight: whole on every device, or sharded along its longest side that divides."""
     devices = mesh.devices.size
-    sides = [(size, -axis) for axis, size in enumerate(shape) if size % devices == 0]
-    if not shard or not sides:
-        return PartitionSpec()
-    return PartitionSpec(*[None] * -max(sides)[1], "data")
+    sides = [(size, -axis) for axis, size in enumerate(shape) if shard and size % devices == 0]
+    return PartitionSpec(*[None] * -max(sides)[1], "data") if sides else PartitionSpec()
 
 
 def make_schedule(args, peak, last_step):
     """The learning rate as a function of the number of earlier updates, as in PyTorch. Raises RunError."""
-    warmup, name = args.lr_warmup_steps, args.lr_scheduler
-    if name == "constant":
-        return optax.constant_schedule(peak)
-    if name == "polynomial" and peak <= 1e-7:
+    if args.lr_scheduler == "polynomial" and peak <= 1e-7:
         raise RunError(f"--lr_scheduler polynomial: ends at a learning rate of 1e-7, {peak} is too low to start from")
+    warmup = 0 if args.lr_scheduler == "constant" else args.lr_warmup_steps
     rest = max(1, last_step - warmup)
     course = {
+        "constant": optax.constant_schedule(peak),
         "constant_with_warmup": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, 0.0, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest),
         "cosine_with_restarts": optax.cosine_decay_schedule(peak, rest),  # with one cycle, which is the default
         "polynomial": optax.polynomial_schedule(peak, 1e-7, 1, rest),
-    }[name]
+    }[args.lr_scheduler]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), course], [warmup])
 
 
 def make_optimizer_transform(args):
     """AdamW (arXiv:1711.05101) without the learning rate, an `optax.GradientTransformation`."""
-    return optax.chain(
-        optax.scale_by_adam(args.adam_beta1, args.adam_beta2, args.adam_epsilon),
-        optax.add_decayed_weights(args.adam_weight_decay),
-    )
-
-
-INITIAL_LOSS_SCALE = {"scale": np.float32(2.0**16), "finite_steps": np.int32(0)}  # as PyTorch's GradScaler
+    adam = optax.scale_by_adam(args.adam_beta1, args.adam_beta2, args.adam_epsilon)
+    return optax.chain(adam, optax.add_decayed_weights(args.adam_weight_decay))
 
 
 def initial_train_state(params, transform, averages, scales):
@@ -2110,28 +2042,24 @@ def initial_train_state(params, transform, averages, scales):
 
 def make_train_state(args, weights, transform, mesh, checkpoint, state):
     """The training state on the mesh, and its shardings: from a checkpoint with its `state`, or else from `weights`.
+    What the checkpoint's run kept and this one does not is dropped; a loss scale that it lacks starts anew."""
 
-    What the checkpoint's run kept and this one does not is dropped; a loss scale that it lacks starts anew.
-    """
-    scales = args.mixed_precision == "fp16"
+    def make(flags):
+        kept = {"averages": flags["use_ema"], "scales": flags["mixed_precision"] == "fp16"}
+        return functools.partial(initial_train_state, transform=transform, **kept)
 
-    def shardings_of(tree):
-        return jax.tree.map(lambda x: NamedSharding(mesh, spread(x.shape, mesh, args.shard_params)), tree)
+    def sharding_of(x):
+        return NamedSharding(mesh, spread(x.shape, mesh, args.shard_params))
 
-    def shapes_of(averages, scales):
-        return jax.eval_shape(lambda params: initial_train_state(params, transform, averages, scales), weights)
-
-    shardings = shardings_of(shapes_of(args.use_ema, scales))
+    shardings = jax.tree.map(sharding_of, jax.eval_shape(make(vars(args)), weights))
     if checkpoint is None:
         params = {name: place(array, mesh, shardings["params"][name].spec) for name, array in weights.items()}
-        make = functools.partial(initial_train_state, transform=transform, averages=args.use_ema, scales=scales)
-        return jax.jit(make, out_shardings=shardings)(params), shardings
-    saved = shapes_of(state["arguments"]["use_ema"], state["arguments"]["mixed_precision"] == "fp16")
-    like = jax.tree.map(lambda x, y: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y), saved, shardings_of(saved))
+        return jax.jit(make(vars(args)), out_shardings=shardings)(params), shardings
+    saved = jax.eval_shape(make(state["arguments"]), weights)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x)), saved)
     with naming(f"{checkpoint}: the checkpoint is damaged or of another model"), ocp.StandardCheckpointer() as reader:
         loaded = reader.restore(checkpoint.absolute() / "train_state", like)
-    if scales and "loss_scale" not in loaded:
-        loaded["loss_scale"] = {name: place(value, mesh) for name, value in INITIAL_LOSS_SCALE.items()}
+    loaded = {"loss_scale": {name: place(value, mesh) for name, value in INITIAL_LOSS_SCALE.items()}, **loaded}
     return {name: loaded[name] for name in shardings}, shardings
 
 
@@ -2147,9 +2075,8 @@ def next_loss_scale(scale, finite_steps, finite):
 def check_trackers(args):
     """Raise RunError unless the trackers of --report_to are installed."""
     packages = {"none": [], "tensorboard": ["tensorboardX"], "wandb": ["wandb"], "all": ["tensorboardX", "wandb"]}
-    for package in packages[args.report_to]:
-        if not importlib.util.find_spec(package):
-            raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {package}`")
+    if missing := [package for package in packages[args.report_to] if not importlib.util.find_spec(package)]:
+        raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {' '.join(missing)}`")
 
 
 def progress_bar(total, unit, iterable=None, **options):
@@ -2163,71 +2090,70 @@ def progress_bar(total, unit, iterable=None, **options):
 
 def log_plan(args, run, first_step, last_step, validation_period):
     """Log what the run will do. run: as for `check_resume`; validation_period: in examples."""
+    rows = run["rows"]
+    size = run["batch_size"]
+    epochs = (last_step - first_step) * size / rows
+    span = f"{epochs:.1f} epochs" if epochs else "no update is left"
+    drawn = f"pictures every {validation_period / size:.0f}" if args.validation_prompts else "no pictures"
     device = f"{jax.device_count()} x {jax.devices()[0].device_kind}, --mixed_precision {args.mixed_precision}"
-    epochs = f"{(last_step - first_step) * run['batch_size'] / run['rows']:.1f} epochs"
-    steps = f"steps {first_step} to {last_step} ({epochs if last_step > first_step else 'no update is left'})"
-    drawn = f"pictures every {validation_period / run['batch_size']:.0f}" if args.validation_prompts else "no pictures"
     logger.info(f"fine-tuning {args.pretrained_model_name_or_path} on {device}")
-    logger.info(f"{run['rows']} images, {run['batch_size']} per step, {steps}, seed {run['seed']}")
+    logger.info(f"{rows} images, {size} per step, steps {first_step} to {last_step} ({span}), seed {run['seed']}")
     logger.info(f"to {args.output_dir}: a checkpoint every {args.checkpointing_steps} steps, {drawn}")
 
 
 def log_result(args, code, loss):
     """Log where everything is, and `code`: Python that generates a picture with the result. loss: of `HeldOut`."""
     names = [name for name in ("README.md", "validation", args.logging_dir) if Path(args.output_dir, name).exists()]
-    names = ", ".join([*names, f"{len(list_checkpoints(args.output_dir))} checkpoints"])
-    logger.info(f"saved the result in {args.output_dir}; there too: {names}{loss}")
+    names.append(f"{len(list_checkpoints(args.output_dir))} checkpoints")
+    logger.info(f"saved the result in {args.output_dir}; there too: {', '.join(names)}{loss}")
     tqdm.write(f"Generate a picture with it:\n\n{code}", file=sys.stderr)
 
 
 class HeldOut:
-    """Held-out rows and the history of their loss: the mean squared error on centre crops, whatever the run's flags."""
+    """Held-out rows and the history of their loss: mean squared error, the same crops and noise whatever the flags."""
 
     def __init__(self, args, rows, preprocess, encoder, losses, num_train_timesteps, start):
-        plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "snr_gamma": None}
-        plain |= {"noise_offset": 0, "input_perturbation": 0, "dream_training": False}
+        off = ["random_flip", "proportion_empty_prompts", "snr_gamma", "noise_offset", "input_perturbation"]
+        plain = {**dict.fromkeys([*off, "dream_training"], 0), "center_crop": True}
         self.args = argparse.Namespace(**{**vars(args), **plain})
         self.losses = jax.jit(functools.partial(losses, args=self.args))
-        self.rows, self.num_train_timesteps = len(rows), num_train_timesteps
-        self.history = start.get("validation", [])  # a dict per evaluation; in the checkpoints
-        preprocess = functools.partial(preprocess.func, self.args, *preprocess.args[1:])
-        stream = ExampleStream(rows, preprocess, 2**64)  # the same noise in every run
+        self.number = len(rows)
+        self.num_train_timesteps = num_train_timesteps
+        self.history = start.get("validation", [])
+        stream = ExampleStream(rows, functools.partial(preprocess.func, self.args, *preprocess.args[1:]), 2**64)
         self.size = args.train_batch_size * jax.device_count()
-        positions = [position % len(rows) for position in range(len(rows) + -len(rows) % self.size)]
-        batches = read_ahead(stream, positions, self.size, args.dataloader_num_workers)
+        padded = len(rows) + -len(rows) % self.size
+        batches = read_ahead(stream, range(padded), self.size, args.dataloader_num_workers)
         sharding = NamedSharding(device_mesh(jax.devices()), PartitionSpec("data"))
-        to_devices = functools.partial(jax.make_array_from_process_local_data, sharding)
-        batches = (jax.tree.map(to_devices, batch) for batch in batches)
+        batches = (jax.make_array_from_process_local_data(sharding, batch) for batch in batches)
         self.batches = [batch if "moments" in batch else {**batch, **encoder(batch)} for batch in batches]
 
     def evaluate(self, step, params, mesh, log):
         """Log the loss after `step` updates. Called by every process. Returns whether to keep a checkpoint for it."""
-        means, key = [], place(random_generator(2**64, 4).integers(2**32, size=2, dtype=np.uint32), mesh)
-        for part in range(1, 16, 2):  # the middles of eighths of the schedule
-            timestep = np.int32(self.num_train_timesteps * part // 16)
-            timesteps = {"timesteps": place(np.full(self.size, timestep), mesh)}
-            losses = [self.losses(params, {}, {**batch, **timesteps}, key) for batch in self.batches]
-            losses = np.concatenate(multihost_utils.process_allgather(losses, tiled=True))
-            means.append(math.fsum(losses[: self.rows].tolist()) / self.rows)
-        values = {"validation_loss": math.fsum(means) / len(means)}
-        for quarter in range(4):
-            first, end = (self.num_train_timesteps * part // 4 for part in (quarter, quarter + 1))
-            values[f"validation_loss/t{first:03d}-{end - 1:03d}"] = math.fsum(means[2 * quarter : 2 * quarter + 2]) / 2
+        losses = []
+        key = place(random_generator(2**64, 4).integers(2**32, size=2, dtype=np.uint32), mesh)
+        for part, batch in itertools.product(range(1, 16, 2), self.batches):  # middles of eighths of the schedule
+            timesteps = place(np.full(self.size, self.num_train_timesteps * part // 16, np.int32), mesh)
+            losses.append(self.losses(params, {}, {**batch, "timesteps": timesteps}, key))
+        losses = np.concatenate(multihost_utils.process_allgather(losses, tiled=True), dtype=np.float64)
+        losses = losses.reshape(4, 2, -1)[:, :, : self.number]  # without the padding
+        limits = itertools.pairwise(self.num_train_timesteps * part // 4 for part in range(5))
+        names = [f"validation_loss/t{first:03d}-{end - 1:03d}" for first, end in limits]
+        loss = losses.mean().item()
+        values = {"validation_loss": loss, **dict(zip(names, losses.mean((1, 2)).tolist(), strict=True))}
         log.write(values, step)
-        log.bar.set_description_str(f"validation loss {values['validation_loss']:.4f}", refresh=False)
+        log.bar.set_description_str(f"validation loss {loss:.4f}", refresh=False)
+        logger.info(f"step {step}: validation loss {loss:.4f}")
         lowest = min((entry["validation_loss"] for entry in self.history if entry["best"]), default=math.inf)
-        best = self.args.keep_best and values["validation_loss"] < lowest
-        train_loss = math.fsum(log.recent) / len(log.recent)
-        self.history.append({"step": step, "train_loss": train_loss, **values, "best": best})
-        logger.info(f"step {step}: validation loss {values['validation_loss']:.4f}")
+        best = self.args.keep_best and loss < lowest
+        self.history.append({"step": step, "train_loss": float(np.mean(log.recent)), **values, "best": best})
         path = Path(self.args.output_dir) / "validation" / "loss.png"
         if jax.process_index() == 0 and importlib.util.find_spec("matplotlib"):
             with naming(f"{path} cannot be written"):
                 path.parent.mkdir(exist_ok=True)
                 axes = importlib.import_module("matplotlib.figure").Figure().subplots()
-                table = datasets.Dataset.from_list(self.history).to_pandas()
-                table.plot("step", ["train_loss", "validation_loss"], ax=axes, style=".-", ylabel="loss")
-                axes.figure.savefig(path)
+                losses = datasets.Dataset.from_list(self.history).to_pandas()
+                losses.plot("step", ["train_loss", "validation_loss"], ax=axes, style=".-").figure.savefig(path)
         return best
 
     def summary(self):
@@ -2240,28 +2166,31 @@ class UpdateLog:
     """Starts the trackers and logs every update, but reads its values from the devices only in `flush`."""
 
     def __init__(self, args, batch_size, first_step, last_step):
-        self.args, self.batch_size, self.tensorboard, self.wandb = args, batch_size, None, None
-        self.updates, self.nonfinite, self.started, self.waited, self.recent = [], 0, None, 0.0, []
-        hidden = jax.process_index() != 0 or first_step >= last_step
-        self.bar = progress_bar(last_step, "step", initial=first_step, disable=hidden)
-        arguments, project = recorded_arguments(args, args.seed), args.tracker_project_name
+        self.batch_size = batch_size
+        self.updates = []
+        self.waits = []  # for batches, as (begin, end)
+        self.recent = []
+        self.nonfinite = 0
+        self.tensorboard = self.wandb = None
+        report_to = args.report_to if jax.process_index() == 0 else "none"
+        arguments = recorded_arguments(args, args.seed)
         with naming(f"--report_to {args.report_to}"):
-            if args.report_to in ("tensorboard", "all") and jax.process_index() == 0:
+            if report_to in ("tensorboard", "all"):
                 tensorboard = importlib.import_module("tensorboardX")
-                folder = os.path.join(args.output_dir, args.logging_dir, project)
+                folder = os.path.join(args.output_dir, args.logging_dir, args.tracker_project_name)
                 self.tensorboard = tensorboard.SummaryWriter(folder, max_queue=10**6)  # a full one blocks training
                 self.tensorboard.add_text("arguments", f"```json\n{json.dumps(arguments, indent=2)}\n```")
-            if args.report_to in ("wandb", "all") and jax.process_index() == 0:
+            if report_to in ("wandb", "all"):
                 self.wandb = importlib.import_module("wandb")
-                # Without this setting W&B keeps the command line, and an access token in it.
-                self.wandb.init(project=project, config=arguments, settings={"x_disable_meta": True})
+                settings = {"x_disable_meta": True}  # else it keeps the command line, with the token
+                self.wandb.init(project=args.tracker_project_name, config=arguments, settings=settings)
+        self.bar = progress_bar(last_step, "step", initial=first_step, disable=jax.process_index() > 0)
 
     def next_batch(self, batches):
         """The next micro-batch. The first one after `flush` starts the clock; the wait is logged as "data_wait"."""
-        asked = time.perf_counter()
+        begin = time.perf_counter()
         batch = next(batches)
-        self.started = self.started or asked
-        self.waited += time.perf_counter() - asked
+        self.waits.append((begin, time.perf_counter()))
         return batch
 
     def add(self, step, metrics):
@@ -2272,22 +2201,24 @@ class UpdateLog:
     def flush(self):
         """Log all updates since the last time. Raises RunError if one is not finite, or the log cannot be written."""
         values = jax.device_get([metrics for *_, metrics in self.updates])  # waits for the devices; nothing else does
-        seconds = time.perf_counter() - self.started
-        speed = {"examples_per_second": len(values) * self.batch_size / seconds, "data_wait": self.waited / seconds}
+        seconds = time.perf_counter() - self.waits[0][0]
+        waited = sum(end - begin for begin, end in self.waits)
+        speed = {"examples_per_second": len(values) * self.batch_size / seconds, "data_wait": waited / seconds}
         for (step, walltime, _), metrics in zip(self.updates, values, strict=True):
             update = {name: float(value) for name, value in metrics.items()} | speed
             self.write(update, step, walltime)
             loss, norm = update["train_loss"], update["grad_norm"]
             self.recent = [*self.recent[-99:], loss]  # smoothed by the plot of losses
             self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
-            if self.nonfinite >= (20 if self.args.mixed_precision == "fp16" else 1):  # it searches for its loss scale
+            if self.nonfinite >= (20 if "loss_scale" in update else 1):  # fp16 skips some to find its loss scale
                 raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --learning_rate")
         # The thread that writes dies of a full disk. Closing the log would wait for it for ever.
         if self.tensorboard and not self.tensorboard.file_writer.event_writer._worker.is_alive():
             self.tensorboard = None
             raise RunError("--logging_dir: the TensorBoard log cannot be written any more; is the disk full?")
         self.bar.set_postfix_str(f"loss={loss:.4f}, images/s={speed['examples_per_second']:.1f}", refresh=False)
-        self.updates, self.started, self.waited = [], None, 0.0
+        self.updates.clear()
+        self.waits.clear()
 
     def write(self, values, step, walltime=None):
         """Log {name: number} in the trackers."""
@@ -2315,15 +2246,18 @@ def as_json(value, indent=None):
     return "\n".join(map(printable, json.dumps(value, indent=indent, ensure_ascii=False).split("\n")))
 
 
-def write_model_card(args, base, name, seed, tags, text, code, **metadata):
-    """Write output_dir/README.md. base: what was fine-tuned; name: of the result; tags: for the Hub; text: Markdown;
-    code: Python that generates a picture with the result."""
+def write_model_card(args, base, part, name, seed, tags, run, code, **metadata):
+    """Write output_dir/README.md. base: what was fine-tuned; part: of it; name: of the result; tags: for the Hub; run:
+    its length and loss; code: Python that generates a picture with the result."""
     source = args.dataset_name or args.train_data_dir
+    if getattr(args, "rank", None):
+        part = f"{part}'s adapter (LoRA, rank {args.rank})"
+        tags = [*tags, "lora"]
     settings = {"library_name": "diffusers", "tags": [*tags, "text-to-image", "diffusers", "diffusers-training"]}
     base_id, data_id = (None if Path(each).exists() else each for each in (base, source))  # the Hub takes no folders
     metadata = ModelCardData(base_model=base_id, datasets=data_id and [data_id], **settings, **metadata)
     title = re.sub(r"[^\w./ -]", "-", Path(name).resolve().name if Path(name).exists() else name)
-    flags = as_json(recorded_arguments(args, seed), indent=2)
+    text = f"The {part} of `{as_json(base)}`, fine-tuned on `{as_json(source)}` for {run}."
     parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}", text]
     if args.validation_prompts:
         newest = max(Path(args.output_dir, "validation").glob("step-*.png"))
@@ -2331,6 +2265,7 @@ def write_model_card(args, base, name, seed, tags, text, code, **metadata):
         parts += [f"![validation pictures](validation/{newest.name})", f"```json\n{prompts}\n```"]
     if Path(args.output_dir, "validation", "loss.png").exists():
         parts.append("![training and validation loss](validation/loss.png)")
+    flags = as_json(recorded_arguments(args, seed), indent=2)
     parts += [f"## Use\n\n```python\n{code}\n```", f"Flags of the run:\n\n```json\n{flags}\n```\n"]
     with naming(f"{args.output_dir}/README.md cannot be written"):
         Path(args.output_dir, "README.md").write_text("\n\n".join(parts), encoding="utf-8")
@@ -2338,7 +2273,8 @@ def write_model_card(args, base, name, seed, tags, text, code, **metadata):
 
 def prepare_hub_repository(args):
     """Create the repository to upload to, if it is missing, and check write access. Returns its id. Raises RunError."""
-    api, name = HfApi(token=args.hub_token), args.hub_model_id or Path(args.output_dir).resolve().name
+    api = HfApi(token=args.hub_token)
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
     with naming(f"--push_to_hub {name}"):
         repo_id = api.create_repo(name, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
@@ -2362,19 +2298,16 @@ def push_to_hub(args, repo_id):
             time.sleep(pause)
 
 
-def out_of_memory(args, error):
+def out_of_memory(args):
     """One line: what was being done when memory ran out, and the flags that need less, those that cost least first."""
     tasks = {"cached_encodings": "encoding images", "validate": "generating pictures", "next_batch": "reading images"}
-    errors = filter(None, (error, error.__cause__))  # of `naming` the cause
-    calls = [call for each in errors for call in traceback.extract_tb(each.__traceback__) if call.filename == __file__]
-    task = next((tasks[call.name] for call in calls if call.name in tasks), "training")
-    line = calls[-1].line.partition("  #")[0]
+    task = next((task for name, task in tasks.items() if f", in {name}\n" in traceback.format_exc()), "training")
     size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"
     less = ["mixed_precision", "cache_encodings", "gradient_checkpointing", "shard_params"]
     less = [f"--{flag}" for flag in less if getattr(args, flag, True) in (None, False, "no")] + ["a lower --resolution"]
     if args.train_batch_size > 1:
         less.insert(0, "smaller batches, with more --gradient_accumulation_steps")
-    return f"out of memory while {task} ({line}), with {size}; less need, cheapest first: {', '.join(less)}"
+    return f"out of memory while {task}, with {size}; less need, cheapest first: {', '.join(less)}"
 
 
 if __name__ == "__main__":
@@ -2383,7 +2316,7 @@ if __name__ == "__main__":
     except (RunError, MemoryError, jax.errors.JaxRuntimeError) as error:  # of JAX: no memory, another process is gone
         of_disk = "cannot be written" in str(error)  # that has the same code
         lacking = isinstance(error, MemoryError) or ("RESOURCE_EXHAUSTED" in str(error) and not of_disk)
-        line = out_of_memory(command_line, error) if lacking else str(error).strip().splitlines()[0]
+        line = out_of_memory(command_line) if lacking else str(error).strip().splitlines()[0]
         tqdm.write(f"error: {printable(line)}", file=sys.stderr)
         end_process(1)
     except KeyboardInterrupt:

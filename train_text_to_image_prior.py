@@ -86,11 +86,12 @@ def parse_args(input_args=None):
     decay = number(float, "must be from 0 to below 1", lambda value: 0 <= value < 1)
     limit = number(float, "must be larger than 0", lambda value: value > 0)  # inf: no limit
 
-    formatter, usage = argparse.RawDescriptionHelpFormatter, "%(prog)s FLAGS (--help lists them)"
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__.split("\n\nThe")[0], formatter_class=formatter)
+    about = {"usage": "%(prog)s FLAGS (--help lists them)", "description": __doc__.split("\n\nThe")[0]}
+    parser = argparse.ArgumentParser(**about, formatter_class=argparse.RawDescriptionHelpFormatter)
     schedules = ["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"]
     trackers = ["all", "aim", "tensorboard", "wandb", "trackio", "comet_ml", "mlflow", "clearml", "dvclive", "swanlab"]
-    prior, decoder = "kandinsky-community/kandinsky-2-2-prior", "kandinsky-community/kandinsky-2-2-decoder"
+    prior = "kandinsky-community/kandinsky-2-2-prior"
+    decoder = "kandinsky-community/kandinsky-2-2-decoder"
 
     add = parser.add_argument_group("model").add_argument
     add("--pretrained_prior_model_name_or_path", default=prior, help="prior to fine-tune: a folder or a Hub id")
@@ -210,8 +211,6 @@ from diffusers.training_utils import cast_training_params
 from huggingface_hub import HfApi, ModelCardData
 from peft import LoraConfig, set_peft_model_state_dict
 from safetensors.torch import load, load_file, save
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import CLIPImageProcessor, CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModelWithProjection
 
@@ -382,10 +381,7 @@ def check_architecture(prior, image_encoder, text_encoder, tokenizer, decoder):
 
 
 def prepare_rows(accelerator, args, parts, tokenizer, image_processor, image_encoder, text_encoder):
-    """The rows of each data set, or their cached encodings, and the function that turns one into an example.
-
-    To be called by every process.
-    """
+    """The rows of each data set, or their encodings, and the function that turns one into an example."""
     if not args.cache_encodings:
         image_encoder.to(accelerator.device)
         text_encoder.to(accelerator.device)
@@ -438,17 +434,14 @@ pipeline({prompt}).images[0].save("picture.png")"""
 
 def save_model_card(args, name, seed, steps, loss):
     """Write the card of the model `name`, --output_dir or a Hub id."""
-    base, source = args.pretrained_prior_model_name_or_path, args.dataset_name or args.train_data_dir
-    tags, trained = ["kandinsky"], "The prior"
-    if args.rank:
-        tags, trained = [*tags, "lora"], f"An adapter (LoRA, rank {args.rank}) of the prior"
-    text = f"{trained} of `{as_json(base)}`, fine-tuned on `{as_json(source)}` for {steps} updates{loss}."
-    write_model_card(args, base, name, seed, tags, text, usage(args, name))
+    base = args.pretrained_prior_model_name_or_path
+    write_model_card(args, base, "prior", name, seed, ["kandinsky"], f"{steps} updates{loss}", usage(args, name))
 
 
 def main(args):
     """Train as the flags say. Raises RunError; exits with status 128 + its number after a signal."""
-    prior_path, decoder_path = args.pretrained_prior_model_name_or_path, args.pretrained_decoder_model_name_or_path
+    prior_path = args.pretrained_prior_model_name_or_path
+    decoder_path = args.pretrained_decoder_model_name_or_path
     hub = {"cache_dir": args.cache_dir}
     accelerator = make_accelerator(args)
     check_models(args)
@@ -473,7 +466,7 @@ def main(args):
             prior = PriorTransformer.from_pretrained(checkpoint / "prior", use_safetensors=True)
         else:
             prior = PriorTransformer.from_pretrained(prior_path, subfolder="prior", **weights)
-        clip_mean, clip_std = prior.clip_mean.detach().clone(), prior.clip_std.detach().clone()  # of CLIP's embeddings
+        clip_mean, clip_std = (each.detach().clone() for each in (prior.clip_mean, prior.clip_std))
         if args.rank:
             add_adapter(args, prior, frozen_dtype, seed, checkpoint and checkpoint / "prior")
         ema_prior = make_ema(args, prior, checkpoint and checkpoint / "prior_ema") if args.use_ema else None
@@ -533,7 +526,8 @@ def main(args):
     held_out = HeldOut(accelerator, args, rows[-1].select(to_hold_out), preprocess, len(alphas_cumprod), start)
 
     # Loop.
-    log, stop = UpdateLog(accelerator, args, run, first_step, last_step), 0
+    stop = 0
+    log = UpdateLog(accelerator, args, run, first_step, last_step)
     cpu_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     with contextlib.closing(batches), noted_signals() as noted:
         for step in range(first_step + 1, last_step + 1):
@@ -594,7 +588,7 @@ logger = logging.getLogger(__name__)
 PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks; twice as much is an error
 warnings.filterwarnings("ignore", module="PIL|accelerate|datasets|diffusers|huggingface_hub|peft|transformers")
 fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
-LEFT_OUT = re.compile(r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)|\.(txt|json)::", re.IGNORECASE)
+FOR_TESTS = r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)"  # folders and archives, of any case
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' name for it
 ADAPTED_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -628,31 +622,32 @@ def naming(what):
 # Data sets and the stream of examples ---------------------------------------------------------------------------------
 def load_data(accelerator, args, flags, seed, batch_size):
     """[data set, maybe another for validation], rows of the first to train on, held-out rows of the last."""
-    parts = [load_train_dataset(args, flags, seed)]
-    if folder := args.validation_data_dir:
-        other = {**vars(args), "dataset_name": None, "train_data_dir": folder, "max_train_samples": None}
-        parts.append(load_train_dataset(argparse.Namespace(**other), flags, seed))
+    sources = ["dataset_name" if args.dataset_name else "train_data_dir", "validation_data_dir"]
+    parts = [load_rows(args, source, flags) for source in sources if getattr(args, source)]
+    if args.max_train_samples:
+        parts[0] = parts[0].select(random_generator(seed, 3).permutation(len(parts[0]))[: args.max_train_samples])
     if args.skip_bad_images or not args.cache_encodings:  # else the encoding names bad images
         parts = [part.select(on_main_process(accelerator, readable_rows, args, part)) for part in parts]
     held_out, to_train = np.split(random_generator(seed, 5).permutation(len(parts[0])), [args.validation_rows])
     if args.validation_rows and len(to_train) < batch_size:
         raise RunError(f"--validation_rows {args.validation_rows}: of {len(parts[0])}, leaves no batch of {batch_size}")
-    return parts, np.sort(to_train), range(len(parts[1])) if folder else held_out
+    return parts, np.sort(to_train), range(len(parts[1])) if args.validation_data_dir else held_out
 
 
-def load_train_dataset(args, flags, seed):
+def load_rows(args, source_flag, flags):
     """Load the columns of the training split that `flags` name, images undecoded. Raises RunError."""
-    source, columns = args.dataset_name or args.train_data_dir, [getattr(args, flag) for flag in flags]
-    folder_flag = "--validation_data_dir" if source == args.validation_data_dir else "--train_data_dir"
-    if not args.dataset_name and not Path(source).is_dir():
-        raise RunError(f"{folder_flag} {source}: there is no such folder")
-    with naming(f"--dataset_name {source}" if args.dataset_name else f"{folder_flag} {source}"):
+    source = getattr(args, source_flag)
+    columns = [getattr(args, flag) for flag in flags]
+    is_folder = source_flag != "dataset_name"
+    if is_folder and not Path(source).is_dir():
+        raise RunError(f"--{source_flag} {source}: there is no such folder")
+    with naming(f"--{source_flag} {source}"):
         if any(Path(source, name).is_file() for name in ("state.json", "dataset_dict.json")):
             dataset = datasets.load_from_disk(source)
         else:
-            own = {"data_files": {"train": os.path.join(glob.escape(source), "**")}}
-            options = {"name": args.dataset_config_name, "data_dir": args.train_data_dir} if args.dataset_name else own
-            dataset = datasets.load_dataset(args.dataset_name or "imagefolder", cache_dir=args.cache_dir, **options)
+            on_hub = {"path": source, "name": args.dataset_config_name, "data_dir": args.train_data_dir}
+            in_folder = {"path": "imagefolder", "data_files": {"train": os.path.join(glob.escape(source), "**")}}
+            dataset = datasets.load_dataset(cache_dir=args.cache_dir, **(in_folder if is_folder else on_hub))
         dataset = dataset["train"] if isinstance(dataset, dict) else dataset
     found = dataset.column_names
     for flag, column in zip(flags, columns, strict=True):
@@ -662,7 +657,7 @@ def load_train_dataset(args, flags, seed):
         is_list = isinstance(feature, datasets.List)
         with naming(f"--{flag} {column}: holds {feature}, which cannot be used"):
             if flag == "image_column":
-                dataset = place_images(args, dataset, columns)
+                dataset = place_images(dataset, columns, source, is_folder)
             elif getattr(feature.feature if is_list else feature, "dtype", None) not in ("string", "large_string"):
                 text = dataclasses.replace(feature.feature if is_list else feature, dtype="string")  # of numbers
                 dataset = dataset.cast_column(column, dataclasses.replace(feature, feature=text) if is_list else text)
@@ -671,14 +666,14 @@ def load_train_dataset(args, flags, seed):
         if True in empty:
             path = (dataset[empty.index(True)][args.image_column] or {}).get("path") or "unnamed"
             raise RunError(f"--{flag} {column}: row {empty.index(True)} is empty, of {path}; .csv loses None and n/a")
-    if args.max_train_samples:
-        dataset = dataset.select(random_generator(seed, 3).permutation(len(dataset))[: args.max_train_samples])
     return dataset
 
 
-def place_images(args, dataset, columns):
+def place_images(dataset, columns, source, is_folder):
     """Undecoded images by their paths on disk, those for tests left out; .txt files beside them if without metadata."""
-    folder, column, found = os.path.abspath(args.dataset_name or args.train_data_dir), columns[0], dataset.column_names
+    folder = os.path.abspath(source)
+    column = columns[0]
+    found = dataset.column_names
     dataset = dataset.select_columns([name for name in columns if name in dataset.column_names])
     dataset = dataset.cast_column(column, datasets.Image(decode=False))
     contents, named = dataset.data.column(column).flatten()
@@ -697,8 +692,8 @@ def place_images(args, dataset, columns):
     if columns[1:] and set(found) <= {"image", "label"}:  # no metadata
         captions = [read_caption(path) for path in paths]
         dataset = dataset.add_column(columns[1], captions) if any(captions) else dataset
-    left_out = re.compile(r"\.(txt|json)::", re.IGNORECASE) if args.dataset_name else LEFT_OUT
-    rows = [row for row, path in enumerate(paths) if not left_out.search(path.replace(folder, ""))]
+    left_out = r"\.(txt|json)::" + f"|{FOR_TESTS}" * is_folder  # files of an archive that are no images
+    rows = [row for row, path in enumerate(paths) if not re.search(left_out, path.replace(folder, ""), re.IGNORECASE)]
     if others := sorted(set(images).difference(paths[row] for row in rows)):
         logger.warning(f"left out {len(others)} images, for tests or without metadata: {', '.join(others[:3])} ...")
     return dataset.select(rows).flatten_indices() if len(rows) < len(paths) else dataset
@@ -781,7 +776,8 @@ class ExampleStream:
 
 def make_batches(accelerator, args, stream, positions):
     """Iterate over this process's micro-batches of an `ExampleStream`, dicts of tensors on its device."""
-    on_cpu, workers = accelerator.device.type == "cpu", args.dataloader_num_workers
+    on_cpu = accelerator.device.type == "cpu"
+    workers = args.dataloader_num_workers
     if workers is None:  # one per core, but none where the CPU trains
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         workers = 0 if on_cpu else max(0, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
@@ -883,7 +879,8 @@ def list_checkpoints(output_dir):
 
 def find_start(accelerator, args):
     """Where the run starts: a checkpoint (or None), its state and the seed. To be called by every process."""
-    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    output_dir = Path(args.output_dir)
+    wanted = args.resume_from_checkpoint
     found = [path for _, path in reversed(list_checkpoints(output_dir))]
     earlier_run = bool(found) or any((output_dir / name).exists() for name in ("model_index.json", ADAPTER))
     if earlier_run and not wanted:
@@ -899,15 +896,22 @@ def find_start(accelerator, args):
         logger.warning(f"--resume_from_checkpoint: no checkpoint in {output_dir}, starting at step 0")
     if "architecture" in state:
         raise RunError(f"--resume_from_checkpoint {checkpoint}: is of the JAX script")
-    now = recorded_arguments(args, 0)
-    before = state.get("arguments", now)
-    if args.use_ema > before["use_ema"] or args.use_8bit_adam != before["use_8bit_adam"]:
-        raise RunError(f"{checkpoint}: --use_ema cannot be added, and --use_8bit_adam not changed, at a resume")
-    if adapter_flags(before) != adapter_flags(now):
-        raise RunError(f"{checkpoint}: was made with {adapter_flags(before)}; resume with the same, or start elsewhere")
     if len(set(gather_object([(state["step"], str(checkpoint))]))) > 1:
         raise RunError(f"--output_dir {output_dir}: must be on a disk that all processes share")
-    return checkpoint, state, broadcast_object_list([state["seed"] if args.seed is None else args.seed])[0]
+    (seed,) = broadcast_object_list([state["seed"] if args.seed is None else args.seed])
+    if checkpoint:
+        check_flags(args, checkpoint, state["arguments"], recorded_arguments(args, seed))
+    return checkpoint, state, seed
+
+
+def check_flags(args, checkpoint, before, now):
+    """Log the flags that have changed since a checkpoint. Raises RunError if one of them cannot. before, now: dicts."""
+    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    changes = {name: f"--{name} {now.get(name)} (was {before.get(name)})" for name in names}
+    logger.info(f"resuming from {checkpoint}; changed: {', '.join(changes.values()) or 'nothing'}")
+    fixed = ["rank", "lora_alpha", "lora_target_modules", "use_8bit_adam"] + (["use_ema"] if args.use_ema else [])
+    if refused := [changes[name] for name in fixed if name in changes]:
+        raise RunError(f"{checkpoint}: cannot resume with {', '.join(refused)}")
 
 
 def read_checkpoint(checkpoint):
@@ -924,11 +928,7 @@ def read_checkpoint(checkpoint):
 
 
 def check_resume(args, checkpoint, before, run):
-    """Log what changed from the checkpoint's state `before` to this `run`: flags, and what the result depends on."""
-    flags, now = before["arguments"], recorded_arguments(args, run["seed"])
-    changed = [name for name in sorted({*flags, *now}) if flags.get(name) != now.get(name)]
-    changes = ", ".join(f"--{name} {now.get(name)} (was {flags.get(name)})" for name in changed)
-    logger.info(f"resuming from {checkpoint}; changed: {changes or 'nothing'}")
+    """Warn of what the result depends on and is not as in the checkpoint's state `before`. Raises RunError."""
     for key in (key for key in run if before[key] != run[key]):
         was = f"{checkpoint} was made with another {key.replace('_', ' ')} ({before[key]}, now {run[key]})"
         if args.validation_rows and key in ("seed", "rows"):
@@ -973,7 +973,6 @@ def save_checkpoint(accelerator, args, name, model, ema, optimizer, state):
 
 def load_optimizer(accelerator, model, optimizer, checkpoint):
     """Load the optimizer's state and fp16's loss scale, but no settings: the flags say them. Raises RunError."""
-    settings = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
     with naming(f"{checkpoint}: the optimizer cannot be loaded (runs with and without FSDP cannot resume each other)"):
         if accelerator.distributed_type == "FSDP":
             fsdp = accelerator.state.fsdp_plugin
@@ -982,8 +981,8 @@ def load_optimizer(accelerator, model, optimizer, checkpoint):
             optimizer.load_state_dict(torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True))
         if accelerator.scaler and (checkpoint / "scaler.pt").exists():  # not after a run in float32 or bf16
             accelerator.scaler.load_state_dict(torch.load(checkpoint / "scaler.pt", weights_only=True))
-    for group, setting in zip(optimizer.param_groups, settings, strict=True):
-        group.update(setting)
+    for group in optimizer.param_groups:
+        group.update(optimizer.defaults)
     for parameter, state in optimizer.state.items():  # fused AdamW pairs elements by their order in memory
         state.update({k: torch.empty_like(parameter).copy_(state[k]) for k in state.keys() & {"exp_avg", "exp_avg_sq"}})
 
@@ -1016,10 +1015,7 @@ def full_model(accelerator, model):
 
 
 def save_result(accelerator, args, pipeline, save_adapter, **trained):
-    """Write to --output_dir `pipeline`, of the main process, with its trained part. To be called by every process.
-
-    With --rank it is save_adapter(model, folder) that writes, of the trained part alone.
-    """
+    """Write `pipeline` with its trained part, or call save_adapter(model, folder). To be called by every process."""
     folder = Path(args.output_dir)
     with naming(f"{folder} cannot be written"):
         parts = {name: full_model(accelerator, model) for name, model in trained.items()}
@@ -1043,9 +1039,8 @@ def check_output_dir(args, *models):
         "--logging_dir is a file": (folder / args.logging_dir).is_file(),
         f"no permission to write to {existing}": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
     }
-    for problem, found in problems.items():
-        if found:
-            raise RunError(f"--output_dir {args.output_dir}: {problem}; name another folder")
+    if found := [problem for problem, is_so in problems.items() if is_so]:
+        raise RunError(f"--output_dir {args.output_dir}: {found[0]}; name another folder")
 
 
 def check_models(args):
@@ -1106,7 +1101,8 @@ def make_accelerator(args):
     above_bar = logging.Handler()
     above_bar.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     above_bar.emit = lambda record: tqdm.write(printable(above_bar.format(record)), file=sys.stderr)
-    logger.handlers, logger.propagate = [above_bar], False
+    logger.handlers = [above_bar]
+    logger.propagate = False
     logger.setLevel(logging.INFO if accelerator.is_main_process else logging.ERROR)
     for library in (datasets, diffusers, transformers):
         library.utils.logging.set_verbosity(max(logger.level, logging.WARNING))
@@ -1209,15 +1205,6 @@ def half_precision_norm(norm, hidden):
         return torch.nn.functional.layer_norm(hidden.to(dtype), norm.normalized_shape, weight, bias, norm.eps)
 
 
-def adapter_flags(flags):
-    """The flags that shape the adapter, from recorded flags (dict), or "no --rank" if the whole model is trained."""
-    if not flags.get("rank"):
-        return "no --rank"
-    layers = json.loads(flags.get("lora_target_modules", "null")) or ADAPTED_LAYERS
-    alpha = flags.get("lora_alpha", flags["rank"])
-    return f"--rank {flags['rank']} --lora_alpha {alpha:g} --lora_target_modules {' '.join(sorted(layers))}"
-
-
 def add_adapter(args, model, dtype, seed, folder=None):
     """Freeze the model in `dtype` and add the adapter to train, in float32 (LoRA: arXiv:2106.09685). Raises RunError.
 
@@ -1298,13 +1285,11 @@ def check_schedulers(*pipelines):
 @contextlib.contextmanager
 def evaluating(accelerator, model):
     """Within the block, the model is on the device, without gradients, dropout and compilation. Gives its autocast."""
-    training, away = model.training, next(model.parameters()).device.type != accelerator.device.type
+    training = model.training
     model.eval()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), visiting(accelerator, *[model] * away):
+    # Moving a model, also to where it is, reshards it: FSDP leaves it unsharded if no backward pass follows.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), visiting(accelerator, model):
         yield accelerator.autocast()(model.__call__)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a forward pass without a backward pass leaves it unsharded
     model.train(training)
 
 
@@ -1342,67 +1327,64 @@ def progress_bar(total, unit, iterable=None, **options):
 
 def log_plan(accelerator, args, model, run, first_step, last_step, validation_period):
     """Log what the run will do. model: to start from; run: see `check_resume`; validation_period: in examples."""
+    rows = run["rows"]
+    size = run["batch_size"]
+    epochs = (last_step - first_step) * size / rows
+    span = f"{epochs:.1f} epochs" if epochs else "no update is left"
+    drawn = f"pictures every {validation_period / size:.0f}" if args.validation_prompts else "no pictures"
     device = f"{accelerator.num_processes} x {accelerator.device.type}, --mixed_precision {accelerator.mixed_precision}"
-    adapter = f", --rank {args.rank}" if args.rank else ""
-    epochs = f"{(last_step - first_step) * run['batch_size'] / run['rows']:.1f} epochs"
-    steps = f"steps {first_step} to {last_step} ({epochs if last_step > first_step else 'no update is left'})"
-    drawn = f"pictures every {validation_period / run['batch_size']:.0f}" if args.validation_prompts else "no pictures"
-    logger.info(f"fine-tuning {model} on {device}{adapter}")
-    logger.info(f"{run['rows']} images, {run['batch_size']} per step, {steps}, seed {run['seed']}")
+    logger.info(f"fine-tuning {model} on {device}")
+    logger.info(f"{rows} images, {size} per step, steps {first_step} to {last_step} ({span}), seed {run['seed']}")
     logger.info(f"to {args.output_dir}: a checkpoint every {args.checkpointing_steps} steps, {drawn}")
 
 
 def log_result(args, code, loss):
     """Log where everything is, and `code`: Python that generates a picture with the result. loss: of `HeldOut`."""
     names = [name for name in ("README.md", "validation", args.logging_dir) if Path(args.output_dir, name).exists()]
-    names = ", ".join([*names, f"{len(list_checkpoints(args.output_dir))} checkpoints"])
-    logger.info(f"saved the result in {args.output_dir}; there too: {names}{loss}")
+    names.append(f"{len(list_checkpoints(args.output_dir))} checkpoints")
+    logger.info(f"saved the result in {args.output_dir}; there too: {', '.join(names)}{loss}")
     tqdm.write(f"Generate a picture with it:\n\n{code}", file=sys.stderr)
 
 
 class HeldOut:
-    """Held-out rows and the history of their loss: the mean squared error on centre crops, whatever the run's flags."""
+    """Held-out rows and the history of their loss: mean squared error, the same crops and noise whatever the flags."""
 
     def __init__(self, accelerator, args, rows, preprocess, num_train_timesteps, start):
-        plain = {"center_crop": True, "random_flip": False, "proportion_empty_prompts": 0, "snr_gamma": None}
-        plain |= {"noise_offset": 0, "input_perturbation": 0, "dream_training": False}
-        self.accelerator, self.args = accelerator, argparse.Namespace(**{**vars(args), **plain})
-        self.rows, self.num_train_timesteps, self.history = len(rows), num_train_timesteps, start.get("validation", [])
-        preprocess = functools.partial(preprocess.func, self.args, *preprocess.args[1:])
-        padding = -len(rows) % (args.train_batch_size * accelerator.num_processes)
-        positions = [position % len(rows) for position in range(len(rows) + padding)]
-        stream = ExampleStream(rows, preprocess, 2**64)  # the same noise in every run
-        self.batches = list(make_batches(accelerator, args, stream, positions)) if positions else []
+        off = ["random_flip", "proportion_empty_prompts", "snr_gamma", "noise_offset", "input_perturbation"]
+        plain = {**dict.fromkeys([*off, "dream_training"], 0), "center_crop": True}
+        self.accelerator = accelerator
+        self.args = argparse.Namespace(**{**vars(args), **plain})
+        self.number = len(rows)
+        self.num_train_timesteps = num_train_timesteps
+        self.history = start.get("validation", [])
+        stream = ExampleStream(rows, functools.partial(preprocess.func, self.args, *preprocess.args[1:]), 2**64)
+        self.batches = list(make_batches(accelerator, args, stream, range(len(rows)))) if len(rows) else []
 
     def evaluate(self, step, model, training_losses, frozen_parts, log):
         """Log the loss after `step` updates. Called by every process. Returns whether to keep a checkpoint for it."""
-        model, means = self.accelerator.unwrap_model(model), []
-        with evaluating(self.accelerator, model) as predict:
-            for part in range(1, 16, 2):  # the middles of eighths of the schedule
-                losses = []
-                for batch in self.batches:
-                    batch["timesteps"].fill_(self.num_train_timesteps * part // 16)
-                    losses.append(self.accelerator.gather(training_losses(batch, predict, *frozen_parts, self.args)))
-                means.append(math.fsum(torch.cat(losses)[: self.rows].tolist()) / self.rows)
-        values = {"validation_loss": math.fsum(means) / len(means)}
-        for quarter in range(4):
-            first, end = (self.num_train_timesteps * part // 4 for part in (quarter, quarter + 1))
-            values[f"validation_loss/t{first:03d}-{end - 1:03d}"] = math.fsum(means[2 * quarter : 2 * quarter + 2]) / 2
+        losses = []
+        with evaluating(self.accelerator, self.accelerator.unwrap_model(model)) as predict:
+            for part, batch in itertools.product(range(1, 16, 2), self.batches):  # middles of eighths of the schedule
+                batch["timesteps"].fill_(self.num_train_timesteps * part // 16)
+                losses.append(self.accelerator.gather(training_losses(batch, predict, *frozen_parts, self.args)))
+        losses = torch.cat(losses).cpu().double().view(4, 2, -1)[:, :, : self.number]  # without accelerate's padding
+        limits = itertools.pairwise(self.num_train_timesteps * part // 4 for part in range(5))
+        names = [f"validation_loss/t{first:03d}-{end - 1:03d}" for first, end in limits]
+        loss = losses.mean().item()
+        values = {"validation_loss": loss, **dict(zip(names, losses.mean((1, 2)).tolist(), strict=True))}
         self.accelerator.log(values, step=step)
-        log.bar.set_description_str(f"validation loss {values['validation_loss']:.4f}", refresh=False)
+        log.bar.set_description_str(f"validation loss {loss:.4f}", refresh=False)
+        logger.info(f"step {step}: validation loss {loss:.4f}")
         lowest = min((entry["validation_loss"] for entry in self.history if entry["best"]), default=math.inf)
-        best = self.args.keep_best and values["validation_loss"] < lowest
-        train_loss = math.fsum(log.recent) / len(log.recent)
-        self.history.append({"step": step, "train_loss": train_loss, **values, "best": best})
-        logger.info(f"step {step}: validation loss {values['validation_loss']:.4f}")
+        best = self.args.keep_best and loss < lowest
+        self.history.append({"step": step, "train_loss": float(np.mean(log.recent)), **values, "best": best})
         path = Path(self.args.output_dir) / "validation" / "loss.png"
         if self.accelerator.is_main_process and importlib.util.find_spec("matplotlib"):
             with naming(f"{path} cannot be written"):
                 path.parent.mkdir(exist_ok=True)
                 axes = importlib.import_module("matplotlib.figure").Figure().subplots()
-                table = datasets.Dataset.from_list(self.history).to_pandas()
-                table.plot("step", ["train_loss", "validation_loss"], ax=axes, style=".-", ylabel="loss")
-                axes.figure.savefig(path)
+                losses = datasets.Dataset.from_list(self.history).to_pandas()
+                losses.plot("step", ["train_loss", "validation_loss"], ax=axes, style=".-").figure.savefig(path)
         return best
 
     def summary(self):
@@ -1415,8 +1397,12 @@ class UpdateLog:
     """Starts the trackers and logs every update, but reads loss and gradient norm from the device only in `flush`."""
 
     def __init__(self, accelerator, args, run, first_step, last_step):
-        self.accelerator, self.batch_size = accelerator, run["batch_size"]
-        self.updates, self.nonfinite, self.started, self.waited, self.recent = [], 0, None, 0.0, []
+        self.accelerator = accelerator
+        self.batch_size = run["batch_size"]
+        self.updates = []
+        self.waits = []  # for batches, as (begin, end)
+        self.recent = []
+        self.nonfinite = 0
         settings = {"wandb": {"settings": {"x_disable_meta": True}}}  # else it keeps the command line, with the token
         with naming(f"--report_to {args.report_to}"):
             accelerator.init_trackers(args.tracker_project_name, recorded_arguments(args, run["seed"]), settings)
@@ -1424,15 +1410,14 @@ class UpdateLog:
 
     def next_batch(self, batches):
         """The next micro-batch. The first one after `flush` starts the clock; the wait is logged as "data_wait"."""
-        asked = time.perf_counter()
+        begin = time.perf_counter()
         batch = next(batches)
-        self.started = self.started or asked
-        self.waited += time.perf_counter() - asked
+        self.waits.append((begin, time.perf_counter()))
         return batch
 
     def add(self, step, losses, gradient_norm, learning_rate):
         """Take in an update; losses (b,) and gradient_norm () stay on the device."""
-        gradient_norm = gradient_norm.full_tensor() if isinstance(gradient_norm, DTensor) else gradient_norm  # FSDP
+        gradient_norm = gradient_norm.full_tensor() if hasattr(gradient_norm, "full_tensor") else gradient_norm  # FSDP
         self.updates.append((step, time.time(), torch.stack([losses.mean(), gradient_norm]), learning_rate))
         self.bar.update()
 
@@ -1440,8 +1425,9 @@ class UpdateLog:
         """Log all updates since the last time. To be called by every process. Raises RunError if one is not finite."""
         values = torch.stack([on_device for _, _, on_device, _ in self.updates])
         values = self.accelerator.reduce(values, "mean").tolist()  # waits for the device; nothing else does
-        seconds = time.perf_counter() - self.started
-        speed = {"examples_per_second": len(values) * self.batch_size / seconds, "data_wait": self.waited / seconds}
+        seconds = time.perf_counter() - self.waits[0][0]
+        waited = sum(end - begin for begin, end in self.waits)
+        speed = {"examples_per_second": len(values) * self.batch_size / seconds, "data_wait": waited / seconds}
         for (step, walltime, _, learning_rate), (loss, norm) in zip(self.updates, values, strict=True):
             update = {"train_loss": loss, "grad_norm": norm, "lr": learning_rate, **speed}
             self.accelerator.log(update, step=step, log_kwargs={"tensorboard": {"walltime": walltime}})
@@ -1450,7 +1436,8 @@ class UpdateLog:
             if self.nonfinite >= (20 if self.accelerator.scaler else 1):  # fp16 skips some to find its loss scale
                 raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --learning_rate")
         self.bar.set_postfix_str(f"loss={loss:.4f}, images/s={speed['examples_per_second']:.1f}", refresh=False)
-        self.updates, self.started, self.waited = [], None, 0.0
+        self.updates.clear()
+        self.waits.clear()
 
 
 def recorded_arguments(args, seed):
@@ -1464,15 +1451,18 @@ def as_json(value, indent=None):
     return "\n".join(map(printable, json.dumps(value, indent=indent, ensure_ascii=False).split("\n")))
 
 
-def write_model_card(args, base, name, seed, tags, text, code, **metadata):
-    """Write output_dir/README.md. base: what was fine-tuned; name: of the result; tags: for the Hub; text: Markdown;
-    code: Python that generates a picture with the result."""
+def write_model_card(args, base, part, name, seed, tags, run, code, **metadata):
+    """Write output_dir/README.md. base: what was fine-tuned; part: of it; name: of the result; tags: for the Hub; run:
+    its length and loss; code: Python that generates a picture with the result."""
     source = args.dataset_name or args.train_data_dir
+    if getattr(args, "rank", None):
+        part = f"{part}'s adapter (LoRA, rank {args.rank})"
+        tags = [*tags, "lora"]
     settings = {"library_name": "diffusers", "tags": [*tags, "text-to-image", "diffusers", "diffusers-training"]}
     base_id, data_id = (None if Path(each).exists() else each for each in (base, source))  # the Hub takes no folders
     metadata = ModelCardData(base_model=base_id, datasets=data_id and [data_id], **settings, **metadata)
     title = re.sub(r"[^\w./ -]", "-", Path(name).resolve().name if Path(name).exists() else name)
-    flags = as_json(recorded_arguments(args, seed), indent=2)
+    text = f"The {part} of `{as_json(base)}`, fine-tuned on `{as_json(source)}` for {run}."
     parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}", text]
     if args.validation_prompts:
         newest = max(Path(args.output_dir, "validation").glob("step-*.png"))
@@ -1480,6 +1470,7 @@ def write_model_card(args, base, name, seed, tags, text, code, **metadata):
         parts += [f"![validation pictures](validation/{newest.name})", f"```json\n{prompts}\n```"]
     if Path(args.output_dir, "validation", "loss.png").exists():
         parts.append("![training and validation loss](validation/loss.png)")
+    flags = as_json(recorded_arguments(args, seed), indent=2)
     parts += [f"## Use\n\n```python\n{code}\n```", f"Flags of the run:\n\n```json\n{flags}\n```\n"]
     with naming(f"{args.output_dir}/README.md cannot be written"):
         Path(args.output_dir, "README.md").write_text("\n\n".join(parts), encoding="utf-8")
@@ -1487,7 +1478,8 @@ def write_model_card(args, base, name, seed, tags, text, code, **metadata):
 
 def prepare_hub_repository(args):
     """Create the repository to upload to, if it is missing, and check write access. Returns its id. Raises RunError."""
-    api, name = HfApi(token=args.hub_token), args.hub_model_id or Path(args.output_dir).resolve().name
+    api = HfApi(token=args.hub_token)
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
     with naming(f"--push_to_hub {name}"):
         repo_id = api.create_repo(name, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)
@@ -1518,16 +1510,13 @@ def memory_error(args, error):
     if not re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
         return None
     tasks = {"cached_encodings": "encoding images", "validate": "generating pictures", "next_batch": "reading images"}
-    errors = filter(None, (error, error.__cause__))  # of `naming` the cause
-    calls = [call for each in errors for call in traceback.extract_tb(each.__traceback__) if call.filename == __file__]
-    task = next((tasks[call.name] for call in calls if call.name in tasks), "training")
-    line = calls[-1].line.partition("  #")[0]
+    task = next((task for name, task in tasks.items() if f", in {name}\n" in traceback.format_exc()), "training")
     size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"
     less = ["mixed_precision", "cache_encodings", "use_8bit_adam", "gradient_checkpointing", "offload_ema", "rank"]
     less = [f"--{flag}" for flag in less if getattr(args, flag, True) in (None, False, "no")] + ["a lower --resolution"]
     if args.train_batch_size > 1:
         less.insert(0, "smaller batches, with more --gradient_accumulation_steps")
-    return f"out of memory while {task} ({line}), with {size}; less need, cheapest first: {', '.join(less)}"
+    return f"out of memory while {task}, with {size}; less need, cheapest first: {', '.join(less)}"
 
 
 if __name__ == "__main__":

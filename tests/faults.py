@@ -38,6 +38,8 @@ TRAINED = {script: "prior" if script.endswith("prior") else "unet" for script in
 PAUSE = float(os.environ.get("FAULTS_PAUSE", "0.2"))  # seconds
 # What is waited for before a kill, in turn. The last kill of all hits the saving of the result.
 MOMENTS = ("save", "prune", "training", "start", "save", "training")
+# Keeps a checkpoint for its validation loss, also one that is not due, besides the newest ones.
+BEST = {"validation_rows": 2, "validation_steps": 3, "keep_best": True}
 PLACES = {
     "start": "before training",
     "training": "in training",
@@ -245,7 +247,10 @@ def state_of_run(checkpoint):
 
 
 def check_checkpoints(script, output_dir):
-    """Every checkpoint that the script would find is whole: the files it lists have their sizes. Returns the steps."""
+    """Every checkpoint that the script would find is whole: the files it lists have their sizes. Returns the steps.
+
+    The one that is kept for its loss, by what the newest one says, is among them.
+    """
     checkpoints = importlib.import_module(script).list_checkpoints(output_dir)
     for step, path in checkpoints:
         state = state_of_run(path)
@@ -253,7 +258,11 @@ def check_checkpoints(script, output_dir):
         assert state["files"]
         for name, size in state["files"].items():
             assert (path / name).stat().st_size == size, f"{path / name}"
-    return [step for step, _ in checkpoints]
+    steps = [step for step, _ in checkpoints]
+    if checkpoints:
+        best = [entry["step"] for entry in state["validation"] if entry["best"]]
+        assert set(best[-1:]) <= set(steps), (best, steps)
+    return steps
 
 
 def kill_again_and_again(script, flags, moments, seed, folder, say=lambda line: None):
@@ -325,7 +334,13 @@ def largest_difference(one, other):
 
 
 def difference_of_runs(script, one, other, steps):
-    """The largest difference between two runs: of their results, and of all that their last checkpoints hold."""
+    """The largest difference between two runs: of their results, and of all that their last checkpoints hold.
+
+    Raises AssertionError if they kept other checkpoints or had other validation losses.
+    """
+    assert check_checkpoints(script, one) == check_checkpoints(script, other)
+    histories = [state_of_run(output / f"checkpoint-{steps}")["validation"] for output in (one, other)]
+    assert histories[0] == histories[1]
     folders = (TRAINED[script], f"checkpoint-{steps}")
     return max(largest_difference(one / folder, other / folder) for folder in folders)
 
@@ -340,7 +355,7 @@ def moments_of(kills):
 def kill_all(script, inputs, kills, seed, folder):
     """Do all that the docstring above says, for one script, and print a line about it. Returns whether it held."""
     steps = 2 * kills + 10  # a kill lets through 2 updates on average, and 6 at most
-    flags = {**flags_of_run(inputs, steps), "output_dir": folder / "killed"}
+    flags = {**flags_of_run(inputs, steps), **BEST, "output_dir": folder / "killed"}
     with Process(script, {**flags, "output_dir": folder / "whole"}, folder / "stderr-whole") as process:
         assert process.wait(seconds=900) == 0, process.said()
     say = functools.partial(print, flush=True)

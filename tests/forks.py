@@ -1,4 +1,4 @@
-"""Fresh processes without seconds of imports: a server that has imported a script's libraries forks one for each run.
+"""Fresh processes without seconds of imports: a server that has run the scripts' imports forks one for each run.
 
     process = forks.Popen(["train_text_to_image.py", "--help"], stderr=file)
 
@@ -7,8 +7,11 @@ library that reads an environment variable when it is imported has read it when 
 """
 
 import array
+import ast
+import gc
 import json
 import os
+import pathlib
 import select
 import signal
 import socket
@@ -19,18 +22,17 @@ import termios
 import threading
 import tty
 
-LIBRARIES = {  # by the script that a command line names
-    "flax": "jax, flax.nnx, optax, orbax.checkpoint, transformers, datasets, tensorboardX",
-    "": "torch, torchvision, transformers, datasets, accelerate, diffusers.pipelines.stable_diffusion, tensorboardX",
-}
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+IMPORTS = (ast.Import, ast.ImportFrom)
 servers = {}
 one_at_a_time = threading.Lock()
 
 
-def start_server(kind):
-    """Start a server of LIBRARIES[kind]. Returns the socket for requests; the server ends when it is closed."""
+def start_server(flax):
+    """Start a server with JAX or PyTorch. Returns the socket for requests; the server ends when it is closed."""
     own, other = socket.socketpair()
-    command = [sys.executable, __file__, str(other.fileno()), LIBRARIES[kind]]
+    scripts = [path for path in sorted(ROOT.glob("train_*.py")) if path.stem.endswith("_flax") == flax]
+    command = [sys.executable, __file__, str(other.fileno()), *map(str, scripts)]
     subprocess.Popen(command, pass_fds=[other.fileno()], stderr=subprocess.DEVNULL)
     other.close()
     return own
@@ -83,17 +85,17 @@ class Popen:
     def __init__(self, words, stderr, stdout=None, env=None):
         words = [str(word) for word in words]
         environment = dict(os.environ if env is None else env)
-        kind = "flax" if "JAX_PROCESS_ID" in environment or any("_flax" in word for word in words) else ""
+        flax = "JAX_PROCESS_ID" in environment or any("_flax" in word for word in words)
         request = json.dumps([words, environment, os.getcwd()]).encode()
         files = [file.fileno() for file in (stderr, stdout) if file]
         self.args, self.returncode = words, None
         self.status, status = os.pipe()
         with one_at_a_time:
-            if kind not in servers:
-                servers[kind] = start_server(kind)
+            if flax not in servers:
+                servers[flax] = start_server(flax)
             size = array.array("Q", [len(request)]).tobytes()
-            socket.send_fds(servers[kind], [size], [status, *files])
-            servers[kind].sendall(request)
+            socket.send_fds(servers[flax], [size], [status, *files])
+            servers[flax].sendall(request)
         os.close(status)
         self.pid = int(os.read(self.status, 20))
 
@@ -168,12 +170,16 @@ def serve(connection):
 
 
 if __name__ == "__main__":
-    import importlib
     import runpy
 
     sys.path.pop(0)
-    for name in sys.argv[2].split(", "):
-        importlib.import_module(name)
+    for path in sys.argv[2:]:
+        imports = [node for node in ast.parse(pathlib.Path(path).read_text()).body if isinstance(node, IMPORTS)]
+        exec(compile(ast.Module(imports, []), path, "exec"), {})
+    import tensorboardX  # noqa: F401  JAX's script imports these two where it needs them
+    from transformers import CLIPTokenizer  # noqa: F401
+
+    gc.freeze()  # a collection would copy all pages that the processes share
     sys.argv = serve(socket.socket(fileno=int(sys.argv[1])))
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if sys.argv[0] == "-c":

@@ -46,7 +46,7 @@ def rows_of(flags):
     """What main trains on: the encoded rows, which are encoded first where they are not there."""
     args = script.parse_args(command_line(flags))
     models, weights = load_models(args.pretrained_model_name_or_path)
-    dataset = script.load_train_dataset(args, ["image_column", "caption_column"], 0)
+    dataset = script.load_rows(args, "train_data_dir", ["image_column", "caption_column"])
     tokenizer = transformers.CLIPTokenizer.from_pretrained(f"{args.pretrained_model_name_or_path}/tokenizer")
     (rows,), preprocess = script.prepare_rows(args, [dataset], tokenizer, models, weights)
     return rows, preprocess
@@ -264,7 +264,7 @@ def test_only_what_has_changed_is_encoded_again(flags, small_chunks):
 
 def test_chunks_have_a_thousand_rows_on_average_and_an_added_row_changes_one(flags, monkeypatch):
     args = script.parse_args(command_line(flags))
-    dataset = script.load_train_dataset(args, ["image_column", "caption_column"], 0)
+    dataset = script.load_rows(args, "train_data_dir", ["image_column", "caption_column"])
 
     def chunks(rows):
         digests = [hashlib.sha256(str(row).encode()).digest() for row in rows]

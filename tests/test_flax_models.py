@@ -778,7 +778,8 @@ def flax_pipeline(pipeline, tmp_path_factory):
     args = Namespace(output_dir=str(output_dir), save_flax_weights=True, variant=None)
     models, weights = ({part: pair[k] for part, pair in parts.items()} for k in (0, 1))
     index = result_index(source, None)
-    save_frozen_parts(args, source, index, models, weights)
+    tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer")
+    save_frozen_parts(args, source, index, tokenizer, models, weights)
     save_result(args, source, source, index, models["unet"], weights["unet"], "epsilon")
     return StableDiffusionPipeline.from_pretrained(source), output_dir
 
@@ -914,7 +915,8 @@ def test_the_vocabulary_of_a_base_that_has_only_tokenizer_json(pairs, pipeline_f
     models, weights = (dict(zip(PARTS, values, strict=True)) for values in (models, weights))
     args = Namespace(output_dir=str(tmp_path / "output"), save_flax_weights=False, variant=None)
     (tmp_path / "output").mkdir()
-    save_frozen_parts(args, source, result_index(source, None), models, weights)
+    tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer")
+    save_frozen_parts(args, source, result_index(source, None), tokenizer, models, weights)
     result = tmp_path / "output" / "tokenizer"
     vocabularies = [json.loads((folder / "vocab.json").read_text(encoding="utf-8")) for folder in (original, result)]
     assert vocabularies[0] == vocabularies[1]

@@ -27,6 +27,7 @@ from diffusers.training_utils import compute_snr
 from faults import largest_difference
 from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import default_collate
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -327,6 +328,56 @@ def refusal(flags, script=SCRIPT):
     assert "\n" not in str(error.value)
     assert not flags["output_dir"].exists()
     return str(error.value)
+
+
+# fp16 -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fp16_on_a_cpu(monkeypatch):
+    """A CPU in the role of a GPU, on which alone accelerate allows fp16: autocast and the scaler are the real ones."""
+    make_accelerator = train_text_to_image_sdxl.make_accelerator
+
+    def make_fp16_accelerator(args):
+        accelerator = make_accelerator(args)
+        accelerator.state._mixed_precision = "fp16"
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1)
+        return accelerator
+
+    monkeypatch.setattr(train_text_to_image_sdxl, "make_accelerator", make_fp16_accelerator)
+
+
+def loss_and_picture(flags):
+    """Of a run: the first update's loss, and the picture of its only prompt as floats."""
+    run({**flags, "report_to": "tensorboard"}, SCRIPT)
+    reset_accelerate()
+    (events,) = (flags["output_dir"] / "logs").glob("*/events*")
+    (loss,) = EventAccumulator(str(events)).Reload().Scalars("train_loss")
+    return loss.value, np.asarray(PIL.Image.open(flags["output_dir"] / "validation" / "step-000001.png"), np.float32)
+
+
+def test_with_fp16_a_vae_that_overflows_is_run_in_float32(flags, base, tmp_path, request):
+    """Where its configuration says so (force_upcast), also for the pictures."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    for half in (vae.encoder, vae.decoder):
+        half.conv_in.weight.data *= 1e6  # above 65,504, until a norm
+    vae.save_pretrained(folder / "vae")
+    flags |= {"pretrained_model_name_or_path": folder, "center_crop": True, "validation_prompts": ["red dots"]}
+    expected, drawn = loss_and_picture({**flags, "output_dir": tmp_path / "float32"})
+    request.getfixturevalue("fp16_on_a_cpu")
+    loss, picture = loss_and_picture({**flags, "output_dir": tmp_path / "fp16"})
+    assert loss == pytest.approx(expected, rel=2e-3)
+    assert loss != expected
+    assert np.abs(picture - drawn).mean() < 2
+    cached, _ = loss_and_picture({**flags, "cache_encodings": tmp_path / "cache", "output_dir": tmp_path / "cached"})
+    assert cached == pytest.approx(expected, rel=2e-3)
+    config = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps({**config, "force_upcast": False}))
+    loss, picture = loss_and_picture({**flags, "output_dir": tmp_path / "overflow"})
+    assert not np.isfinite(loss)
+    assert np.abs(picture - drawn).mean() > 20
 
 
 def test_the_other_script_s_models_are_refused_with_its_name(flags, pipeline_folder):

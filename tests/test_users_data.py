@@ -25,7 +25,7 @@ from conftest import ROOT, run
 
 import check_data
 import train_text_to_image
-from train_text_to_image import RunError, load_train_dataset, read_image, readable_rows, row_digests
+from train_text_to_image import RunError, load_rows, read_image, readable_rows, row_digests
 
 NFC, NFD = (unicodedata.normalize(form, "été.png") for form in ("NFC", "NFD"))
 
@@ -78,11 +78,15 @@ def arguments(flags):
     return argparse.Namespace(**{**defaults, "caption_column": "text", **flags, **paths})
 
 
+def source_flag(args):
+    return "dataset_name" if args.dataset_name else "train_data_dir"
+
+
 def load(captions=True, **flags):
     """What training reads, as [(path or None, red of the image, caption)]. Raises RunError."""
     args = arguments(flags)
     columns = ["image_column", "caption_column"][: 1 + captions]
-    dataset = load_train_dataset(args, columns, 0)
+    dataset = load_rows(args, source_flag(args), columns)
     assert readable_rows(args, dataset) == list(range(len(dataset)))
     assert len(set(row_digests(args, dataset))) == len(dataset)
     rows = [(row[args.image_column], row.get(args.caption_column)) for row in dataset]
@@ -185,7 +189,7 @@ def test_training_from_an_archive_with_a_cache(flags, tmp_path):
 
     def digests():
         args = arguments(flags)
-        return set(row_digests(args, load_train_dataset(args, ["image_column", "caption_column"], 0)))
+        return set(row_digests(args, load_rows(args, "train_data_dir", ["image_column", "caption_column"])))
 
     before = digests()
     assert digests() == before
@@ -485,7 +489,7 @@ def test_ordinary_folders_keep_their_fingerprint(tmp_path, number_of_images):
             **({} if flag == "dataset_name" else {"data_files": files}),
         )["train"]
         by_hand = by_hand.select_columns(["image", "text"]).cast_column("image", undecoded)
-        loaded = load_train_dataset(arguments({flag: path}), ["image_column", "caption_column"], 0)
+        loaded = load_rows(arguments({flag: path}), flag, ["image_column", "caption_column"])
         assert loaded._fingerprint == by_hand._fingerprint
 
 
