@@ -216,10 +216,7 @@ from tqdm.auto import tqdm
 
 
 def train_transforms(image, resolution, interpolation, center_crop, random_flip, rng):
-    """Resize the shorter side of an RGB `PIL.Image`, crop a square, maybe flip it.
-
-    interpolation: a choice of `--image_interpolation_mode`; rng: `np.random.Generator`. Returns uint8 (side, side, 3).
-    """
+    """Resize the shorter side of an RGB `PIL.Image`, crop a square, maybe flip it. Returns uint8 (side, side, 3)."""
     resampling = PIL.Image.Resampling[interpolation.removesuffix("_exact").upper()]
     image = image.resize([int(resolution * side / min(image.size)) for side in image.size], resampling)
     # Always three random numbers, so that no flag changes those drawn after them.
@@ -244,8 +241,7 @@ def choose_caption(captions, proportion_empty_prompts, rng):
 
 def tokenize_captions(captions, tokenizer):
     """Tokenize n captions to arrays "input_ids" and "attention_mask", (n, 77) with CLIP's tokenizer."""
-    length = tokenizer.model_max_length
-    return tokenizer(captions, max_length=length, padding="max_length", truncation=True, return_tensors="np")
+    return tokenizer(captions, padding="max_length", truncation=True, return_tensors="np")
 
 
 def preprocess_train(args, tokenizer, row, rng):
@@ -319,13 +315,9 @@ def signal_to_noise_ratio(alphas_cumprod):
 
 
 def min_snr_weight(prediction_type, snr, gamma):
-    """The Min-SNR-γ weight of a squared error, of snr's shape (arXiv:2303.09556, section 3.4).
-
-    min(SNR, γ) for a prediction of x_0, min(SNR, γ) / SNR for ε and min(SNR, γ) / (SNR + 1) for v, written so that
-    they are finite at SNR = 0.
-    """
+    """The Min-SNR-γ weight of a squared error, of snr's shape, finite at SNR = 0 (arXiv:2303.09556, section 3.4)."""
     if prediction_type == "epsilon":
-        return (gamma / snr).clip(max=1)
+        return (gamma / snr).clip(max=1)  # min(SNR, γ) / SNR
     if prediction_type == "v_prediction":
         return snr.clip(max=gamma) / (snr + 1)
     return snr.clip(max=gamma)
@@ -2083,7 +2075,7 @@ def progress_bar(total, unit, iterable=None, **options):
     """A tqdm bar; where stderr is no terminal, a line in the log every half minute."""
     if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # in a notebook tqdm draws a bar of its own
         line = "{desc}: {n_fmt} of {total_fmt} {unit}s{postfix}, {remaining} left"
-        log = SimpleNamespace(write=lambda text: text.strip() and logger.info(text.strip()))
+        log = argparse.Namespace(write=lambda text: text.strip() and logger.info(text.strip()))
         options |= {"file": log, "bar_format": line, "mininterval": 30, "delay": 30, "miniters": 1, "leave": False}
     return tqdm(iterable, total=total, unit=unit, **options)
 
@@ -2247,8 +2239,7 @@ def as_json(value, indent=None):
 
 
 def write_model_card(args, base, part, name, seed, tags, run, code, **metadata):
-    """Write output_dir/README.md. base: what was fine-tuned; part: of it; name: of the result; tags: for the Hub; run:
-    its length and loss; code: Python that generates a picture with the result."""
+    """Write output_dir/README.md. base, part: what was trained; name: of the result; run: its length and loss."""
     source = args.dataset_name or args.train_data_dir
     if getattr(args, "rank", None):
         part = f"{part}'s adapter (LoRA, rank {args.rank})"

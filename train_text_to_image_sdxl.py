@@ -58,7 +58,6 @@ import warnings
 from datetime import timedelta
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Command line
@@ -233,7 +232,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broad
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import cast_training_params
+from diffusers.training_utils import cast_training_params, offload_models
 from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import HfApi, ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
@@ -267,10 +266,7 @@ def draw_crop(args, width, height, rng):
 
 
 def train_transforms(args, image, rng):
-    """Resize the shorter side of an RGB `PIL.Image`, crop a square, maybe flip it.
-
-    Returns uint8 (side, side, 3), and the time_ids of `draw_crop`.
-    """
+    """Resize, crop and maybe flip an RGB `PIL.Image`. Returns uint8 (side, side, 3) and the time_ids of `draw_crop`."""
     size, left, top, flipped, time_ids = draw_crop(args, *image.size, rng)
     resampling = PIL.Image.Resampling[args.image_interpolation_mode.removesuffix("_exact").upper()]
     image = image.resize(size, resampling).crop((left, top, left + args.resolution, top + args.resolution))
@@ -399,13 +395,9 @@ def signal_to_noise_ratio(alphas_cumprod):
 
 
 def min_snr_weight(prediction_type, snr, gamma):
-    """The Min-SNR-γ weight of a squared error, of snr's shape (arXiv:2303.09556, section 3.4).
-
-    min(SNR, γ) for a prediction of x_0, min(SNR, γ) / SNR for ε and min(SNR, γ) / (SNR + 1) for v, written so that
-    they are finite at SNR = 0.
-    """
+    """The Min-SNR-γ weight of a squared error, of snr's shape, finite at SNR = 0 (arXiv:2303.09556, section 3.4)."""
     if prediction_type == "epsilon":
-        return (gamma / snr).clip(max=1)
+        return (gamma / snr).clip(max=1)  # min(SNR, γ) / SNR
     if prediction_type == "v_prediction":
         return snr.clip(max=gamma) / (snr + 1)
     return snr.clip(max=gamma)
@@ -491,10 +483,7 @@ def load_vae(args, weights):
 
 
 def check_architecture(unet, vae, text_encoders, tokenizers, resolution):
-    """Check that the models fit together and the VAE takes the resolution. Returns the latents' shape (c, h, w).
-
-    Raises RunError.
-    """
+    """Return the latents' shape (c, h, w). Raises RunError if models or resolution do not fit together."""
     tokens = [len(tokenizer) for tokenizer in tokenizers]
     vocabularies = [encoder.config.vocab_size for encoder in text_encoders]
     states_width = sum(encoder.config.hidden_size for encoder in text_encoders)
@@ -516,12 +505,15 @@ def check_architecture(unet, vae, text_encoders, tokenizers, resolution):
     return vae.config.latent_channels, resolution // factor, resolution // factor
 
 
-def check_objective(prediction_type, alphas_cumprod):
-    """Raise RunError if the scheduler's prediction type cannot be trained with its noise schedule."""
+def check_objective(prediction_type, alphas_cumprod, *pipelines):
+    """Raise RunError if the prediction type, the noise schedule or a pipeline's scheduler cannot be used."""
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise RunError(f"prediction type {prediction_type}: only epsilon, v_prediction and sample are supported")
     if prediction_type == "epsilon" and alphas_cumprod[-1] < 1e-6:  # x_T is ε itself
         raise RunError("prediction type epsilon: learns nothing at zero terminal SNR; use v_prediction or sample")
+    for pipeline in filter(None, pipelines):
+        if not hasattr(pipeline.scheduler, "alphas_cumprod"):  # as in flow matching
+            raise RunError(f"{type(pipeline.scheduler).__name__}: pipelines with this scheduler are not supported")
 
 
 def apply_flags(args, unet):
@@ -548,7 +540,7 @@ def prepare_rows(accelerator, args, parts, tokenizers, vae, text_encoders):
     settings = [args.resolution, args.image_interpolation_mode, args.random_flip, str(vae.dtype), rules]
     encode = functools.partial(encode_rows, args, tokenizers, vae, text_encoders)
     rows = [cached_encodings(accelerator, args, part, settings, [vae, *text_encoders], encode) for part in parts]
-    with visiting(accelerator, *text_encoders):
+    with offload_models(*text_encoders, device=accelerator.device):
         conditions = encode_captions(tokenize_captions([""], tokenizers), text_encoders)
     empty_caption = {name: condition.cpu()[0] for name, condition in conditions.items()}
     return rows, functools.partial(preprocess_encoded, args, empty_caption)
@@ -566,7 +558,7 @@ def log_validation(pipeline, unet, accelerator, args, seed, step):
         with torch.autocast(accelerator.device.type, enabled=False):  # else also a VAE in float32 overflows in fp16
             return pipeline.image_processor.postprocess(vae.decode(latents.to(vae.dtype)).sample)[0]
 
-    with visiting(accelerator, vae, pipeline.text_encoder, pipeline.text_encoder_2):
+    with offload_models(vae, pipeline.text_encoder, pipeline.text_encoder_2, device=accelerator.device):
         validate(accelerator, args, pipeline.unet, generate, seed, step)
 
 
@@ -609,8 +601,7 @@ def main(args):
     path = args.pretrained_model_name_or_path
     hub = {"revision": args.revision, "cache_dir": args.cache_dir}
     accelerator = make_accelerator(args)
-    check_models(args)
-    check_output_dir(args, path, args.pretrained_vae_model_name_or_path or path)
+    check_folders(args)
 
     # Where to start: at step 0 or at a checkpoint.
     checkpoint, start, seed = find_start(accelerator, args)
@@ -634,7 +625,7 @@ def main(args):
             unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **weights)
         if args.rank:
             add_adapter(args, unet, frozen_dtype, seed, checkpoint and checkpoint / "unet")
-        ema_unet = make_ema(args, unet, checkpoint and checkpoint / "unet_ema") if args.use_ema else None
+        ema_unet = args.use_ema and make_ema(accelerator, args, unet, checkpoint and checkpoint / "unet_ema")
         if accelerator.is_main_process and not args.rank:  # the result, loaded now: nothing can be missing at the end
             parts = {"unet": unet, "vae": copy.deepcopy(vae)}
             pipeline = StableDiffusionXLPipeline.from_pretrained(path, **parts, **weights)
@@ -649,11 +640,10 @@ def main(args):
         frozen.requires_grad_(False).to(memory_format=torch.channels_last)  # faster convolutions
     prediction_type = args.prediction_type or noise_scheduler.config.prediction_type
     alphas_cumprod = noise_scheduler.alphas_cumprod.to(accelerator.device)
-    check_objective(prediction_type, alphas_cumprod)
+    check_objective(prediction_type, alphas_cumprod, pipeline, validation_pipeline)
     distribution = timestep_distribution(args, len(alphas_cumprod))
     for each in filter(None, (pipeline, validation_pipeline)):
         each.scheduler.register_to_config(prediction_type=prediction_type)  # sample as trained
-    check_schedulers(pipeline, validation_pipeline)
 
     # Data, and the length of the run.
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
@@ -662,17 +652,14 @@ def main(args):
     last_step = max(first_step, args.max_train_steps or first_step + math.ceil(examples_left / batch_size))
     validation_period = (args.validation_steps or 0) * batch_size or args.validation_epochs * len(to_train)  # examples
     run = {"seed": seed, "batch_size": batch_size, "rows": len(to_train), "data": parts[0]._fingerprint}
-    if checkpoint:
-        check_resume(args, checkpoint, start, run)
 
     # Optimizer.
     to_device(accelerator, args, unet.train())
     apply_flags(args, unet)
     optimizer = make_optimizer(args, unet.parameters(), accelerator.device, batch_size if args.scale_lr else 1)
     unet, optimizer = accelerator.prepare(unet, optimizer)
-    if ema_unet:
-        ema_unet = place_ema(accelerator, args, ema_unet, args.offload_ema)
     if checkpoint:
+        check_resume(args, checkpoint, start, run)
         load_optimizer(accelerator, unet, optimizer, checkpoint)
     lr_scheduler = make_lr_scheduler(args, optimizer, first_step, last_step)
 
@@ -690,7 +677,6 @@ def main(args):
     held_out = HeldOut(accelerator, args, rows[-1].select(to_hold_out), preprocess, len(alphas_cumprod), start)
 
     # Loop.
-    stop = 0
     log = UpdateLog(accelerator, args, run, first_step, last_step)
     cpu_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     with contextlib.closing(batches), noted_signals() as noted:
@@ -726,11 +712,10 @@ def main(args):
             if due and args.validation_prompts and step < last_step:
                 log_validation(validation_pipeline, ema_unet or unet, accelerator, args, seed, step)
             if stop:
-                break
+                log.bar.close()
+                accelerator.end_training()
+                exit_after(stop, f"after step {step}; --resume_from_checkpoint resumes")
         log.bar.close()
-        if stop:
-            accelerator.end_training()
-            exit_after(stop, f"after step {step}; --resume_from_checkpoint resumes")
         save_result(accelerator, args, pipeline, save_adapter, unet=ema_unet or unet)
 
     # Validation of the result, and the model card.
@@ -755,7 +740,6 @@ fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the 
 FOR_TESTS = r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)"  # folders and archives, of any case
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' name for it
-ADAPTED_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
 
 
@@ -971,7 +955,8 @@ def cached_encodings(accelerator, args, dataset, settings, models, encode):
     hidden = not own or not accelerator.is_main_process
     bar = progress_bar(sum(len(rows) for _, rows in own), "image", desc="encoding", disable=hidden)
     options = {"batched": True, "batch_size": args.train_batch_size, "remove_columns": "row"}
-    with visiting(accelerator, *(models if own else [])), noted_signals() as noted, ThreadPool() as threads, bar:
+    on_device = offload_models(*models, device=accelerator.device, offload=bool(own))
+    with on_device, noted_signals() as noted, ThreadPool() as threads, bar:
         for path, rows in own:
             with naming(f"--cache_encodings: rows {rows.start} to {rows.stop} cannot be encoded to {path}"):
                 numbers = datasets.Dataset.from_dict({"row": rows})
@@ -1021,17 +1006,6 @@ def row_digests(args, dataset):
     with ThreadPool(16) as threads:  # to hide the latency of a network disk
         batches = (zip(*rows.values(), strict=True) for rows in dataset.iter(10_000))
         return [digest for batch in batches for digest in threads.starmap(row_digest, batch)]
-
-
-@contextlib.contextmanager
-def visiting(accelerator, *models):
-    """Move the models to the device for the duration of the block."""
-    homes = [next(model.parameters()).device for model in models]
-    for model in models:
-        model.to(accelerator.device)
-    yield
-    for model, home in zip(models, homes, strict=True):
-        model.to(home)
 
 
 # Checkpoints and the result -------------------------------------------------------------------------------------------
@@ -1135,18 +1109,17 @@ def save_checkpoint(accelerator, args, name, model, ema, optimizer, state):
     accelerator.wait_for_everyone()
 
 
-def load_optimizer(accelerator, model, optimizer, checkpoint):
+def load_optimizer(accelerator, model, optimizer, folder):
     """Load the optimizer's state and fp16's loss scale, but no settings: the flags say them. Raises RunError."""
-    with naming(f"{checkpoint}: the optimizer cannot be loaded (runs with and without FSDP cannot resume each other)"):
+    with naming(f"{folder}: the optimizer cannot be loaded (runs with and without FSDP cannot resume each other)"):
         if accelerator.distributed_type == "FSDP":
-            fsdp = accelerator.state.fsdp_plugin
-            accelerate.utils.load_fsdp_optimizer(fsdp, accelerator, optimizer, model, checkpoint)
+            accelerate.utils.load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, folder)
         else:
-            optimizer.load_state_dict(torch.load(checkpoint / "optimizer.bin", map_location="cpu", weights_only=True))
-        if accelerator.scaler and (checkpoint / "scaler.pt").exists():  # not after a run in float32 or bf16
-            accelerator.scaler.load_state_dict(torch.load(checkpoint / "scaler.pt", weights_only=True))
+            optimizer.load_state_dict(torch.load(folder / "optimizer.bin", map_location="cpu", weights_only=True))
+        if accelerator.scaler and (folder / "scaler.pt").exists():  # not after a run in float32 or bf16
+            accelerator.scaler.load_state_dict(torch.load(folder / "scaler.pt", weights_only=True))
     for group in optimizer.param_groups:
-        group.update(optimizer.defaults)
+        group.update(optimizer.defaults, initial_lr=optimizer.defaults["lr"])
     for parameter, state in optimizer.state.items():  # fused AdamW pairs elements by their order in memory
         state.update({k: torch.empty_like(parameter).copy_(state[k]) for k in state.keys() & {"exp_avg", "exp_avg_sq"}})
 
@@ -1191,25 +1164,10 @@ def save_result(accelerator, args, pipeline, save_adapter, **trained):
         flush_to_disk(*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors"))
 
 
-def check_output_dir(args, *models):
-    """Raise RunError if --output_dir is not writable, or if the run would overwrite the user's files there."""
-    folder = Path(args.output_dir).resolve()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    of_a_run = any((folder / name).exists() for name in ("model_index.json", ADAPTER))
-    problems = {
-        "is the model to start from": folder in [Path(model).resolve() for model in models],
-        "holds the training images": Path(args.train_data_dir or "/").resolve().is_relative_to(folder),
-        "has a README.md of something else": (folder / "README.md").exists() > of_a_run,
-        "--logging_dir is a file": (folder / args.logging_dir).is_file(),
-        f"no permission to write to {existing}": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
-    }
-    if found := [problem for problem, is_so in problems.items() if is_so]:
-        raise RunError(f"--output_dir {args.output_dir}: {found[0]}; name another folder")
-
-
-def check_models(args):
-    """Raise RunError if a pipeline to start from is a file, or a local folder that is missing or lacks full weights."""
-    for flag, path in ((flag, path) for flag, path in vars(args).items() if flag.startswith("pretrained") and path):
+def check_folders(args):
+    """Raise RunError if a model is a file, missing or without weights, or --output_dir cannot or must not be used."""
+    models = {flag: path for flag, path in vars(args).items() if flag.startswith("pretrained") and path}
+    for flag, path in models.items():
         if Path(path).is_file():
             raise RunError(f"--{flag} {path}: is a single file; convert it by from_single_file and save_pretrained")
         if path.startswith(("/", ".")) and not Path(path).is_dir():
@@ -1221,6 +1179,18 @@ def check_models(args):
                 way = "give --variant" if "variant" in args else "the whole weights are needed"
                 hint = f"variant {min(found)}; {way}" if found else f"pickles, no safetensors; {convert}"
                 raise RunError(f"--{flag} {path}: {part.parent.name}/ has only {hint}")
+    folder = Path(args.output_dir).resolve()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    of_a_run = any((folder / name).exists() for name in ("model_index.json", ADAPTER))
+    problems = {
+        "is the model to start from": folder in [Path(model).resolve() for model in models.values()],
+        "holds the training images": Path(args.train_data_dir or "/").resolve().is_relative_to(folder),
+        "has a README.md of something else": (folder / "README.md").exists() > of_a_run,
+        "--logging_dir is a file": (folder / args.logging_dir).is_file(),
+        f"no permission to write to {existing}": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
+    }
+    if found := [problem for problem, is_so in problems.items() if is_so]:
+        raise RunError(f"--output_dir {args.output_dir}: {found[0]}; name another folder")
 
 
 def prepare_output_dir(args, first_step, last_step):
@@ -1305,12 +1275,10 @@ def noted_signals():
             os._exit(128 + signum)
 
     in_main_thread = threading.current_thread() is threading.main_thread()  # only it may set handlers
-    before = {signum: signal.signal(signum, note) for signum in STOP_SIGNALS if in_main_thread}
-    try:
+    with contextlib.ExitStack() as restore:
+        for signum in STOP_SIGNALS if in_main_thread else ():
+            restore.callback(signal.signal, signum, signal.signal(signum, note))  # which returns the handler before
         yield noted
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def ignore_stop_signals(worker):
@@ -1336,10 +1304,9 @@ def end_workers():
 
 def noted_anywhere(noted, group):
     """The first signal noted by any process, or 0. group: of gloo, so that no GPU is waited for; None: one process."""
-    if group is None:
-        return noted[0][0] if noted else 0
     signum = torch.tensor(noted[0][0] if noted else 0)
-    torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group)
+    if group:
+        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group)
     return int(signum)
 
 
@@ -1353,7 +1320,7 @@ def to_device(accelerator, args, model):
     for module in model.modules() if args.half_precision_norms else ():
         if type(module) in (torch.nn.GroupNorm, torch.nn.LayerNorm):
             module.forward = functools.partial(half_precision_norm, module)
-    return model._apply(lambda tensor: tensor.to(accelerator.device, copy=True))  # not the mapped file, see place_ema
+    return model._apply(lambda tensor: tensor.to(accelerator.device, copy=True))  # not the mapped file, see make_ema
 
 
 def half_precision_norm(norm, hidden):
@@ -1370,11 +1337,8 @@ def half_precision_norm(norm, hidden):
 
 
 def add_adapter(args, model, dtype, seed, folder=None):
-    """Freeze the model in `dtype` and add the adapter to train, in float32 (LoRA: arXiv:2106.09685). Raises RunError.
-
-    Its weights are those in `folder` (Path), or a function of the run's seed.
-    """
-    layers = args.lora_target_modules or ADAPTED_LAYERS
+    """Freeze the model in `dtype`, add a float32 adapter (arXiv:2106.09685): random or of `folder`. Raises RunError."""
+    layers = args.lora_target_modules or ["to_q", "to_k", "to_v", "to_out.0"]
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     names = [f".{name}" for name, module in model.named_modules() if isinstance(module, kinds)]
     if unknown := [layer for layer in layers if not any(name.endswith(f".{layer}") for name in names)]:
@@ -1402,31 +1366,26 @@ def make_optimizer(args, parameters, device, lr_scale=1):
 
 def make_lr_scheduler(args, optimizer, first_step, last_step):
     """The learning rate schedule, a function of the update, entered at `first_step`: it has no state to save."""
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
     steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step}
     with naming(f"--lr_scheduler {args.lr_scheduler}"):
         return get_scheduler(args.lr_scheduler, optimizer, **steps, last_epoch=first_step - 1)
 
 
-def make_ema(args, model, folder=None):
-    """The average: of the model's weights or those in `folder` (Path). It shares the frozen ones with the model."""
+def make_ema(accelerator, args, model, folder=None):
+    """The average of the model's weights, which shares the frozen ones; on resuming those in `folder` (Path)."""
     if folder and not args.rank:
-        return type(model).from_pretrained(folder, use_safetensors=True)
-    ema = copy.deepcopy(model, {id(weight): weight for weight in model.parameters() if not weight.requires_grad})
-    if folder:
+        ema = type(model).from_pretrained(folder, use_safetensors=True)
+    else:
+        ema = copy.deepcopy(model, {id(weight): weight for weight in model.parameters() if not weight.requires_grad})
+    if folder and args.rank:
         set_peft_model_state_dict(ema, load_file(folder / ADAPTER))
-    return ema
-
-
-def place_ema(accelerator, args, ema, offload=False):
-    """Put the average where the weights are, sharded like them, or leave it in main memory."""
     ema.requires_grad_(False).eval()
     ema.forward = accelerate.utils.convert_outputs_to_fp32(ema.forward)  # as of the trained model in mixed precision
     if accelerator.distributed_type == "FSDP":
         return accelerate.utils.fsdp2_prepare_model(accelerator, ema)
-    # A copy: Windows deletes no file that is mapped.
-    return ema._apply(torch.clone) if offload else to_device(accelerator, args, ema)
+    if getattr(args, "offload_ema", False):
+        return ema._apply(torch.clone)  # Windows deletes no file that is mapped
+    return to_device(accelerator, args, ema)
 
 
 @torch.no_grad()
@@ -1439,20 +1398,13 @@ def update_ema(ema, model, step):
 
 
 # Validation, logs and Hub ---------------------------------------------------------------------------------------------
-def check_schedulers(*pipelines):
-    """Raise RunError unless the pipelines sample from a noise schedule of DDPM's kind, as flow matching does not."""
-    for pipeline in filter(None, pipelines):
-        if not hasattr(pipeline.scheduler, "alphas_cumprod"):
-            raise RunError(f"{type(pipeline.scheduler).__name__}: pipelines with this scheduler are not supported")
-
-
 @contextlib.contextmanager
 def evaluating(accelerator, model):
     """Within the block, the model is on the device, without gradients, dropout and compilation. Gives its autocast."""
     training = model.training
     model.eval()
     # Moving a model, also to where it is, reshards it: FSDP leaves it unsharded if no backward pass follows.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), visiting(accelerator, model):
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), offload_models(model, device=accelerator.device):
         yield accelerator.autocast()(model.__call__)
     model.train(training)
 
@@ -1484,21 +1436,20 @@ def progress_bar(total, unit, iterable=None, **options):
     """A tqdm bar; where stderr is no terminal, a line in the log every half minute."""
     if not (sys.stderr.isatty() or "ipykernel" in sys.modules):  # in a notebook tqdm draws a bar of its own
         line = "{desc}: {n_fmt} of {total_fmt} {unit}s{postfix}, {remaining} left"
-        log = SimpleNamespace(write=lambda text: text.strip() and logger.info(text.strip()))
+        log = argparse.Namespace(write=lambda text: text.strip() and logger.info(text.strip()))
         options |= {"file": log, "bar_format": line, "mininterval": 30, "delay": 30, "miniters": 1, "leave": False}
     return tqdm(iterable, total=total, unit=unit, **options)
 
 
 def log_plan(accelerator, args, model, run, first_step, last_step, validation_period):
     """Log what the run will do. model: to start from; run: see `check_resume`; validation_period: in examples."""
-    rows = run["rows"]
     size = run["batch_size"]
-    epochs = (last_step - first_step) * size / rows
-    span = f"{epochs:.1f} epochs" if epochs else "no update is left"
+    epochs = (last_step - first_step) * size / run["rows"]
+    span = f" ({epochs:.1f} epochs)" if epochs else " (no update is left)"
     drawn = f"pictures every {validation_period / size:.0f}" if args.validation_prompts else "no pictures"
     device = f"{accelerator.num_processes} x {accelerator.device.type}, --mixed_precision {accelerator.mixed_precision}"
     logger.info(f"fine-tuning {model} on {device}")
-    logger.info(f"{rows} images, {size} per step, steps {first_step} to {last_step} ({span}), seed {run['seed']}")
+    logger.info(f"{run['rows']} images, {size} per step, steps {first_step} to {last_step}{span}, seed {run['seed']}")
     logger.info(f"to {args.output_dir}: a checkpoint every {args.checkpointing_steps} steps, {drawn}")
 
 
@@ -1616,8 +1567,7 @@ def as_json(value, indent=None):
 
 
 def write_model_card(args, base, part, name, seed, tags, run, code, **metadata):
-    """Write output_dir/README.md. base: what was fine-tuned; part: of it; name: of the result; tags: for the Hub; run:
-    its length and loss; code: Python that generates a picture with the result."""
+    """Write output_dir/README.md. base, part: what was trained; name: of the result; run: its length and loss."""
     source = args.dataset_name or args.train_data_dir
     if getattr(args, "rank", None):
         part = f"{part}'s adapter (LoRA, rank {args.rank})"
@@ -1667,12 +1617,13 @@ def push_to_hub(args, repo_id):
             time.sleep(pause)
 
 
-def memory_error(args, error):
-    """One line about an exception that means a lack of memory on the device, on the host or in /dev/shm; else None."""
+def error_line(args, error):
+    """One line about a RunError or a lack of memory on the device, on the host or in /dev/shm; of other errors None."""
     if isinstance(error, (ConnectionError, EOFError)) or re.search(r"worker \(pid|shared memory|</torch_", str(error)):
         return "a data worker has ended: no memory, or no room in /dev/shm (--shm-size)? Lower --dataloader_num_workers"
     if not re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
-        return None
+        line = str(error).rpartition("RunError: ")[2].strip()  # a data worker puts a traceback before it
+        return line if isinstance(error, RunError) else None
     tasks = {"cached_encodings": "encoding images", "validate": "generating pictures", "next_batch": "reading images"}
     task = next((task for name, task in tasks.items() if f", in {name}\n" in traceback.format_exc()), "training")
     size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"
@@ -1688,10 +1639,9 @@ if __name__ == "__main__":
         main(command_line)
     except Exception as error:
         end_workers()  # first: torch's handler raises for one that has died, also in what follows
-        line = memory_error(command_line, error)
-        if not line and not isinstance(error, RunError):
+        line = error_line(command_line, error)
+        if line is None:
             raise
-        line = line or str(error).rpartition("RunError: ")[2].strip()  # a data worker puts a traceback before it
         tqdm.write(f"error: {printable(line)}", file=sys.stderr)
         sys.exit(1)
     finally:
