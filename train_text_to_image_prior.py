@@ -1216,7 +1216,7 @@ def make_ema(accelerator, args, model, folder=None):
     ema.forward = accelerate.utils.convert_outputs_to_fp32(ema.forward)  # as of the trained model in mixed precision
     if accelerator.distributed_type == "FSDP":
         return accelerate.utils.fsdp2_prepare_model(accelerator, ema)
-    if getattr(args, "offload_ema", False):
+    if "offload_ema" in args and args.offload_ema:
         return ema._apply(torch.clone)  # Windows deletes no file that is mapped
     return to_device(accelerator, args, ema)
 
