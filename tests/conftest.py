@@ -25,7 +25,17 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 # The files that take longest begin first, so that pytest's two processes end at about the same time.
-SLOWEST = ["flax_training", "processes", "faults", "flax_cache", "safety", "flax_models", "security", "benchmarks"]
+SLOWEST = [
+    "processes",
+    "faults",
+    "flax_training",
+    "benchmarks",
+    "flax_cache",
+    "safety",
+    "security",
+    "cache",
+    "flax_models",
+]
 
 
 def pytest_collection_modifyitems(items):

@@ -29,7 +29,7 @@ def both(request, tmp_path_factory):
     """
     version, prediction_type = request.param
     folder = tmp_path_factory.mktemp("pipeline")
-    pipeline = tiny.make_stable_diffusion(folder, version, prediction_type)
+    pipeline = tiny.make_stable_diffusion(folder, version, prediction_type, levels=1)
     rng = np.random.default_rng(0)
     for parameter in pipeline.unet.parameters():
         parameter.data += torch.from_numpy(0.1 * rng.standard_normal(parameter.shape, np.float32))

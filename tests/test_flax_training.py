@@ -75,7 +75,7 @@ def assert_same_state(one, other):
     """Not a bit differs between two checkpoints."""
     one, other = state_of(one), state_of(other)
     assert one.keys() == other.keys()
-    assert len(one) > 300
+    assert len(one) > 200
     assert [name for name in one if one[name].tobytes() != other[name].tobytes()] == []
 
 
@@ -160,7 +160,7 @@ def test_the_model_card_is_true(whole):
 
 
 def test_stable_diffusion_2_with_v_prediction(flags, tmp_path):
-    tiny.make_stable_diffusion(tmp_path / "sd2", version=2, prediction_type="v_prediction")
+    tiny.make_stable_diffusion(tmp_path / "sd2", version=2, prediction_type="v_prediction", levels=1)
     flags |= {"pretrained_model_name_or_path": tmp_path / "sd2", "snr_gamma": 5.0, "dream_training": True}
     train({**flags, "max_train_steps": 1, "input_perturbation": 0.1, "scale_lr": True})
     scheduler = json.loads((flags["output_dir"] / "scheduler" / "scheduler_config.json").read_text())
@@ -188,7 +188,7 @@ def add_safety_checker(folder, **options):
 
 def test_weights_of_a_variant_alone_and_a_safety_checker_of_it(flags, tmp_path):
     folder = tmp_path / "half"
-    pipeline = tiny.make_stable_diffusion(folder).to(torch.float16)
+    pipeline = tiny.make_stable_diffusion(folder, levels=1).to(torch.float16)
     shutil.rmtree(folder)
     pipeline.save_pretrained(folder, variant="fp16")
     add_safety_checker(folder, variant="fp16")

@@ -145,7 +145,7 @@ def test_gradient_checkpointing_recomputes_and_changes_no_bit(flags, tmp_path, m
     run({**flags, "output_dir": tmp_path / "plain"})
     assert not calls
     run({**flags, "output_dir": tmp_path / "recomputed", "gradient_checkpointing": True})
-    assert len(calls) > 10
+    assert len(calls) >= 10
     plain, recomputed = unet_of(tmp_path / "plain"), unet_of(tmp_path / "recomputed")
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
