@@ -642,7 +642,7 @@ def main(args):
 
     # Loop.
     stop = 0
-    log = UpdateLog(args, batch_size, first_step, last_step)
+    log = UpdateLog(args, batch_size, start, last_step)
     checkpoints = CheckpointWriter(args)
     agreed = signal_agreement(mesh)
     by_row = NamedSharding(mesh, PartitionSpec(None, "data"))  # of micro-batches (micro-steps, rows, ...)
@@ -668,7 +668,8 @@ def main(args):
             if held_out.batches and (due or step == last_step):
                 save = held_out.evaluate(step, train_state.get("ema", train_state["params"]), mesh, log) or save
             if save:
-                state = {**run, "step": step, "examples_seen": examples_seen, "validation": [*held_out.history]}
+                state = {**run, "step": step, "examples_seen": examples_seen}
+                state |= {"recent_losses": log.recent, "validation": [*held_out.history]}
                 checkpoints.save(train_state, state)
             if due and args.validation_prompts and step < last_step:
                 validate(step)
@@ -2157,11 +2158,11 @@ class HeldOut:
 class UpdateLog:
     """Starts the trackers and logs every update, but reads its values from the devices only in `flush`."""
 
-    def __init__(self, args, batch_size, first_step, last_step):
+    def __init__(self, args, batch_size, start, last_step):
         self.batch_size = batch_size
         self.updates = []
         self.waits = []  # for batches, as (begin, end)
-        self.recent = []
+        self.recent = start.get("recent_losses", [])  # at most 100, smoothed by the plot of losses
         self.nonfinite = 0
         self.tensorboard = self.wandb = None
         report_to = args.report_to if jax.process_index() == 0 else "none"
@@ -2176,7 +2177,7 @@ class UpdateLog:
                 self.wandb = importlib.import_module("wandb")
                 settings = {"x_disable_meta": True}  # else it keeps the command line, with the token
                 self.wandb.init(project=args.tracker_project_name, config=arguments, settings=settings)
-        self.bar = progress_bar(last_step, "step", initial=first_step, disable=jax.process_index() > 0)
+        self.bar = progress_bar(last_step, "step", initial=start["step"], disable=jax.process_index() > 0)
 
     def next_batch(self, batches):
         """The next micro-batch. The first one after `flush` starts the clock; the wait is logged as "data_wait"."""
@@ -2200,7 +2201,7 @@ class UpdateLog:
             update = {name: float(value) for name, value in metrics.items()} | speed
             self.write(update, step, walltime)
             loss, norm = update["train_loss"], update["grad_norm"]
-            self.recent = [*self.recent[-99:], loss]  # smoothed by the plot of losses
+            self.recent = [*self.recent[-99:], loss]
             self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
             if self.nonfinite >= (20 if "loss_scale" in update else 1):  # fp16 skips some to find its loss scale
                 raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --learning_rate")

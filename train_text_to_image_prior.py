@@ -510,7 +510,7 @@ def main(args):
     held_out = HeldOut(accelerator, args, rows[-1].select(to_hold_out), preprocess, len(alphas_cumprod), start)
 
     # Loop.
-    log = UpdateLog(accelerator, args, run, first_step, last_step)
+    log = UpdateLog(accelerator, args, run, start, last_step)
     cpu_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
     with contextlib.closing(batches), noted_signals() as noted:
         for step in range(first_step + 1, last_step + 1):
@@ -540,7 +540,8 @@ def main(args):
             if held_out.batches and (due or step == last_step):
                 save = held_out.evaluate(step, ema_prior or prior, training_losses, frozen_parts, log) or save
             if save:
-                state = {**run, "step": step, "examples_seen": examples_seen, "validation": held_out.history}
+                state = {**run, "step": step, "examples_seen": examples_seen}
+                state |= {"recent_losses": log.recent, "validation": held_out.history}
                 save_checkpoint(accelerator, args, "prior", prior, ema_prior, optimizer, state)
             if due and args.validation_prompts and step < last_step:
                 log_validation(validation_pipeline, decoder, ema_prior or prior, accelerator, args, seed, step)
@@ -1344,17 +1345,17 @@ class HeldOut:
 class UpdateLog:
     """Starts the trackers and logs every update, but reads loss and gradient norm from the device only in `flush`."""
 
-    def __init__(self, accelerator, args, run, first_step, last_step):
+    def __init__(self, accelerator, args, run, start, last_step):
         self.accelerator = accelerator
         self.batch_size = run["batch_size"]
         self.updates = []
         self.waits = []  # for batches, as (begin, end)
-        self.recent = []
+        self.recent = start.get("recent_losses", [])  # at most 100, smoothed by the plot of losses
         self.nonfinite = 0
         settings = {"wandb": {"settings": {"x_disable_meta": True}}}  # else it keeps the command line, with the token
         with naming(f"--report_to {args.report_to}"):
             accelerator.init_trackers(args.tracker_project_name, recorded_arguments(args, run["seed"]), settings)
-        self.bar = progress_bar(last_step, "step", initial=first_step, disable=not accelerator.is_main_process)
+        self.bar = progress_bar(last_step, "step", initial=start["step"], disable=not accelerator.is_main_process)
 
     def next_batch(self, batches):
         """The next micro-batch. The first one after `flush` starts the clock; the wait is logged as "data_wait"."""
@@ -1379,7 +1380,7 @@ class UpdateLog:
         for (step, walltime, _, learning_rate), (loss, norm) in zip(self.updates, values, strict=True):
             update = {"train_loss": loss, "grad_norm": norm, "lr": learning_rate, **speed}
             self.accelerator.log(update, step=step, log_kwargs={"tensorboard": {"walltime": walltime}})
-            self.recent = [*self.recent[-99:], loss]  # smoothed by the plot of losses
+            self.recent = [*self.recent[-99:], loss]
             self.nonfinite = 0 if math.isfinite(loss + norm) else self.nonfinite + 1
             if self.nonfinite >= (20 if self.accelerator.scaler else 1):  # fp16 skips some to find its loss scale
                 raise RunError(f"step {step}: loss {loss}, gradient norm {norm}; try a lower --learning_rate")

@@ -154,7 +154,7 @@ def test_the_same_numbers(common, whole, tmp_path, change):
     print(f"{change}: {difference:.1e}")
     assert difference < 1e-6
     if change in ("workers", "resumed"):
-        assert difference == 0
+        assert history(whole, 4) == history(flags["output_dir"], 4)  # with the training loss that is plotted
         assert same_weights(whole, flags["output_dir"])
 
 
@@ -188,7 +188,7 @@ def checkpoints(output_dir):
 
 def test_the_best_checkpoint_is_kept(common, tmp_path, capfd):
     """Of a run whose loss turns, through pruning and a resume; it was not due when it was written."""
-    flags = {**common, "learning_rate": 0.03, "validation_steps": 1, "checkpointing_steps": 3, "use_ema": None}
+    flags = {**common, "learning_rate": 0.05, "validation_steps": 1, "checkpointing_steps": 3, "use_ema": None}
     flags |= {"output_dir": tmp_path / "output", "keep_best": True, "checkpoints_total_limit": 1, "max_train_steps": 9}
     run(flags)
     reset_accelerate()
