@@ -15,7 +15,7 @@ demo-lora: $(VENV)/installed
 	$(VENV)/bin/python tests/demo.py --output_dir demo-output-lora --rank 16
 
 test: $(VENV)/installed-tests
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder tests
 
 faults: $(VENV)/installed-tests
 	$(VENV)/bin/python tests/faults.py --kills 30

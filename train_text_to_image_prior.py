@@ -1138,9 +1138,10 @@ def end_workers():
 
 def noted_anywhere(noted, group):
     """The first signal noted by any process, or 0. group: of gloo, so that no GPU is waited for; None: one process."""
+    if group is None:
+        return noted[0][0] if noted else 0
     signum = torch.tensor(noted[0][0] if noted else 0)
-    if group:
-        torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group)
+    torch.distributed.all_reduce(signum, torch.distributed.ReduceOp.MAX, group)
     return int(signum)
 
 
@@ -1416,8 +1417,7 @@ def write_model_card(args, base, part, name, seed, tags, run, code, **metadata):
         newest = max(Path(args.output_dir, "validation").glob("step-*.png"))
         prompts = as_json(args.validation_prompts, indent=2)
         parts += [f"![validation pictures](validation/{newest.name})", f"```json\n{prompts}\n```"]
-    if Path(args.output_dir, "validation", "loss.png").exists():
-        parts.append("![training and validation loss](validation/loss.png)")
+    parts += ["![validation loss](validation/loss.png)"] * Path(args.output_dir, "validation", "loss.png").exists()
     flags = as_json(recorded_arguments(args, seed), indent=2)
     parts += [f"## Use\n\n```python\n{code}\n```", f"Flags of the run:\n\n```json\n{flags}\n```\n"]
     with naming(f"{args.output_dir}/README.md cannot be written"):

@@ -6,8 +6,10 @@ Nothing heavy is imported here, so that the tests which only read the scripts ru
 import importlib
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -166,3 +168,15 @@ def launch(flags, launcher=(sys.executable,), script="train_text_to_image", **en
     if len(launcher) == 1 and not environment:  # libraries may read it when they are imported
         return forks.run(command[1:])
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
+
+
+def launch_two(flags, script="train_text_to_image", before=(), **environment):
+    """Run a PyTorch script in two processes that train together, without a launcher. Returns both, as `launch` does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    meeting = {**os.environ, **environment, **meeting, "ACCELERATE_USE_CPU": "true"}
+    words = [*before, str(ROOT / f"{script}.py"), *command_line(flags)]
+    with ThreadPoolExecutor() as pool:
+        places = [{**meeting, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+        return list(pool.map(lambda place: forks.run(words, place), places))

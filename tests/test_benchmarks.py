@@ -256,6 +256,8 @@ def stub(tmp_path, monkeypatch):
     path = tmp_path / "stub.py"
     path.write_text(textwrap.dedent(STUB))
     (tmp_path / "other.py").write_text(textwrap.dedent(STUB))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(benchmark, "helper", lambda name, *words: json.dumps(COSTS))
     monkeypatch.setitem(benchmark.LEVERS, "fast", {"flags": ["--fast"]})
     monkeypatch.setitem(benchmark.LEVERS, "fail", {"flags": ["--fail"]})
@@ -275,6 +277,7 @@ def test_a_report_on_scripts_of_known_speed(stub, tmp_path):
     words += f" --output {tmp_path / 'results'} --rounds 2 --steps 11"
     status, lines = make_report(words.split())
     assert status == 1  # a lever failed
+    assert list((tmp_path / "temporary").iterdir()) == []  # nothing is left behind
     assert [line["variant"] for line in lines if line["purpose"] == "skipped"] == ["compile"]
     assert [line["failed"] for line in lines if "failed" in line] == ["fail: exit status 1: error: --fail: told to"]
     order = [line["variant"] for line in lines if line["purpose"] == "measure"]
@@ -382,50 +385,35 @@ print("called:", *Counted.names)
 
 
 @pytest.mark.timeout(300)
-def test_a_real_report(tmp_path):
-    words = "--size tiny --levers plain --rounds 1 --rows 8 --batch_sizes 2 --warmup 1 --logging_steps 2 --steps 5"
-    command = [sys.executable, benchmark.__file__, *words.split(), "--use_ema"]
-    command += ["--versus", str(RECIPE), "--output", str(tmp_path / "results")]
-    (tmp_path / "temporary").mkdir()
-    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    folder = tmp_path / "results" / "tiny-cpu"
-    lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
-    assert [line["variant"] for line in lines] == ["plain", "recipe"]
-    assert all(len(line["losses"]) == 5 for line in lines)
-    assert all(1 < line["first_step_seconds"] < 200 for line in lines)
-    rows = {row["variant"]: row for row in report.summarise(lines)}
-    assert set(rows["plain"]["ratios"]) == {"recipe"}
-    assert sorted(path.name for path in folder.iterdir()) == ["loss.png", "runs.jsonl", "speed.png", "table.md"]
-    assert lines[0]["command"].startswith(
-        "python train_text_to_image.py --pretrained_model_name_or_path WORK/models-tiny"
-    )
-    assert not list((tmp_path / "temporary").glob("benchmark-*"))  # nothing is left behind
-
-
-@pytest.mark.timeout(300)
-def test_a_report_in_one_process_against_the_bare_loop(tmp_path):
+def test_a_real_report_in_one_process(tmp_path):
+    """Of the cache, against the bare loop with and without the encoders and against the mirrored recipe."""
     loop = ROOT / "tests" / "benchmarks" / "bare_loop.py"
     words = "--here --size tiny --levers plain cache --rounds 1 --rows 8 --batch_sizes 2 --warmup 1 --logging_steps 2"
     command = [benchmark.__file__, *words.split(), "--steps", "7", "--use_ema", "--mixed_precision", "bf16"]
-    command += [
-        "--versus",
-        str(loop),
-        f"{loop} --encode",
-        "--output",
-        str(tmp_path),
-        "--work_dir",
-        str(tmp_path / "work"),
-    ]
+    command += ["--versus", str(loop), f"{loop} --encode", str(RECIPE)]
+    command += ["--output", str(tmp_path), "--work_dir", str(tmp_path / "work")]
     result = forks.run(command, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     assert result.returncode == 0, result.stdout + result.stderr
-    lines = [json.loads(line) for line in (tmp_path / "tiny-cpu" / "runs.jsonl").read_text().splitlines()]
-    assert [line["purpose"] for line in lines] == ["fill"] + ["measure"] * 4
-    assert [line["variant"] for line in lines] == ["cache", "plain", "cache", "bare_loop", "bare_loop --encode"]
+    folder = tmp_path / "tiny-cpu"
+    lines = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    assert [line["purpose"] for line in lines] == ["fill"] + ["measure"] * 5
+    assert [line["variant"] for line in lines] == [
+        "cache",
+        "plain",
+        "cache",
+        "bare_loop",
+        "bare_loop --encode",
+        "recipe",
+    ]
     assert all(math.isfinite(loss) for line in lines for _, loss in line["losses"])
+    assert {len(line["losses"]) for line in lines[1:]} == {7}
     flops = [line["flops_per_image"] for line in lines]
-    assert flops[0] == flops[2] == flops[3] < flops[1] == flops[4]  # without the encoders, and with
+    assert flops[0] == flops[2] == flops[3] < flops[1] == flops[4] == flops[5]  # without the encoders, and with
+    rows = {row["variant"]: row for row in report.summarise(lines)}
+    assert set(rows["plain"]["ratios"]) == {"bare_loop", "bare_loop --encode", "recipe"}
+    assert {path.name for path in folder.iterdir()} >= {"loss.png", "runs.jsonl", "speed.png", "table.md"}
+    model = "python train_text_to_image.py --pretrained_model_name_or_path WORK/models-tiny"
+    assert lines[1]["command"].startswith(model)
 
 
 def test_levers_on_the_bare_loop(tmp_path):

@@ -19,7 +19,7 @@ import pytest
 import tiny
 import torch
 import transformers
-from conftest import launch, reset_accelerate
+from conftest import launch, launch_two, reset_accelerate
 from conftest import run as run_once
 from PIL import Image
 from safetensors.torch import load_file
@@ -289,8 +289,8 @@ def test_two_processes_fill_it_together(cached, many, encoded, tmp_path):
     """And what they made is what one process makes."""
     flags = {**cached(), "train_data_dir": None, "dataset_name": many, "random_flip": False, "train_batch_size": 50}
     flags |= {"max_train_steps": 2}
-    result = launch({**flags, "output_dir": tmp_path / "both"}, TORCHRUN, ACCELERATE_USE_CPU="true")
-    assert result.returncode == 0, result.stderr
+    for result in launch_two({**flags, "output_dir": tmp_path / "both"}):
+        assert result.returncode == 0, result.stderr
     run({**flags, "train_batch_size": 100, "output_dir": tmp_path / "one"})
     assert encoded.take() == 0
     run({**flags, "train_batch_size": 100, "cache_encodings": tmp_path / "alone", "output_dir": tmp_path / "alone-"})

@@ -307,7 +307,7 @@ def test_an_interrupt_ends_the_run_with_the_line_about_resuming(flags):
 
 def test_a_log_that_cannot_be_written_ends_the_run(tmp_path):
     """tensorboardX writes in a thread, and when that has died of a full disk, whatever is logged waits for it."""
-    log = UpdateLog(parse_args([*REQUIRED, "--output_dir", str(tmp_path)]), 1, 0, 2)
+    log = UpdateLog(parse_args([*REQUIRED, "--output_dir", str(tmp_path)]), 1, {"step": 0}, 2)
     worker = log.tensorboard.file_writer.event_writer._worker
     worker._record_writer.write_event = None  # what it calls: the thread dies at the next event
     log.next_batch(iter([{}]))

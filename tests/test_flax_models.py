@@ -51,7 +51,7 @@ FLAX_FILES = {
 # XLA compiles twice as fast so, and what it compiles are the same operations.
 FAST = {"xla_backend_optimization_level": 0}
 
-SHARD_SIZES = {"unet": 100_000, "vae": 100_000, "text_encoder": 20_000}  # bytes
+SHARD_SIZES = {"unet": 50_000, "vae": 100_000, "text_encoder": 20_000}  # bytes
 
 version_1 = pytest.mark.parametrize("pipeline", [1], indirect=True)
 all_parts = pytest.mark.parametrize("part", PARTS)
@@ -617,7 +617,7 @@ def test_variants_and_shards(part, shards, variant, pipeline_folder, tmp_path):
     names = sorted(path.name for path in (tmp_path / part).iterdir() if path.name != "config.json")
     dot = f".{variant}" if variant else ""
     if shards:
-        assert len(names) > 2
+        assert len(names) > 2  # an index and several files
         assert f"{STEMS[part]}.safetensors.index{dot}.json" in names
         assert f"{STEMS[part]}{dot}-00001-of-{len(names) - 1:05}.safetensors" in names
     else:

@@ -1,15 +1,17 @@
 """FSDP2 by accelerate's configuration file, on two CPU processes: the same as without it."""
 
 import shutil
-import sys
 
+import accelerate.commands.launch
 import numpy as np
 import pytest
 import tiny
 import torch
 from accelerate import Accelerator
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType
-from conftest import ROOT, launch, reset_accelerate, run
+from accelerate.utils.launch import prepare_multi_gpu_env
+from conftest import ROOT, launch_two, reset_accelerate, run
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -34,11 +36,14 @@ fsdp_config:
 
 
 def launch_sharded(flags, folder):
-    """Run the script in two processes as the configuration file says, on CPUs."""
+    """Run the script in two processes with what `accelerate launch` tells them of the configuration file, on CPUs."""
     file = folder / "accelerate.yaml"
     file.write_text(CONFIGURATION)
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file))
-    return launch(flags, (*launcher, str(ROOT / "tests" / "sharded_on_cpu.py")))
+    words = ["--config_file", str(file), "script"]
+    args, _, _ = accelerate.commands.launch._validate_launch_command(launch_command_parser().parse_args(words))
+    environment = prepare_multi_gpu_env(args)
+    for result in launch_two(flags, before=[ROOT / "tests" / "sharded_on_cpu.py"], **environment):
+        assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +90,7 @@ def whole(common_flags, tmp_path_factory):
 def sharded(common_flags, tmp_path_factory):
     """The output folder of two processes that each hold a part of the model, of its optimizer and of its average."""
     folder = tmp_path_factory.mktemp("sharded")
-    result = launch_sharded({**common_flags, "output_dir": folder / "output", "offload_ema": True}, folder)
-    assert result.returncode == 0, result.stderr
+    launch_sharded({**common_flags, "output_dir": folder / "output", "offload_ema": True}, folder)
     return folder / "output"
 
 
@@ -148,8 +152,7 @@ def test_sharded_training_resumes_to_the_last_bit(sharded, common_flags, tmp_pat
     """The average is in main memory in one of the two runs, and with the model in the other."""
     shutil.copytree(sharded / "checkpoint-2", tmp_path / "output" / "checkpoint-2")
     flags = {**common_flags, "output_dir": tmp_path / "output", "resume_from_checkpoint": "latest"}
-    result = launch_sharded(flags, tmp_path)
-    assert result.returncode == 0, result.stderr
+    launch_sharded(flags, tmp_path)
     for folder in WEIGHTS[2:]:
         assert largest_difference(weights_of(sharded / folder), weights_of(tmp_path / "output" / folder)) == 0, folder
     one, other = (optimizer_of(path / "checkpoint-4", tmp_path) for path in (sharded, tmp_path / "output"))
