@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # one for each of pytest's processes, and the same sums in every process
+os.environ["OMP_NUM_THREADS"] = "1"  # one for each process, and the same sums in every process
 os.environ["JAX_PLATFORMS"] = "cpu"
 # The tests compile much and compute little: in a third of the time with these.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
@@ -26,7 +26,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# The files that take longest begin first, so that pytest's two processes end at about the same time.
+# The files that take longest begin first, so that pytest's processes end at about the same time.
 SLOWEST = [
     "processes",
     "faults",
