@@ -375,8 +375,7 @@ def dream(noisy, noise, predicted, alphas_cumprod, detail_preservation):
 
 def weighted_squared_error(prediction, target, weight):
     """weight · mean squared error of every example; prediction, target (b, ...), weight (b,). Returns (b,)."""
-    squared_error = (prediction.float() - target.float()).square()
-    return weight * squared_error.flatten(1).mean(1)
+    return weight * (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
 @torch.no_grad()

@@ -301,8 +301,7 @@ def min_snr_weight(prediction_type, snr, gamma):
 
 def weighted_squared_error(prediction, target, weight):
     """weight · mean squared error of every example; prediction, target (b, ...), weight (b,). Returns (b,)."""
-    squared_error = (prediction.float() - target.float()).square()
-    return weight * squared_error.flatten(1).mean(1)
+    return weight * (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
 @torch.no_grad()
@@ -326,11 +325,8 @@ def empty_embedding(image_encoder):
 
 
 def training_losses(batch, unet, movq, image_encoder, empty_embeds, alphas_cumprod, prediction_type, args):
-    """The loss of each example of a micro-batch, (b,). Deterministic: the batch holds all random numbers.
-
-    batch: collated examples of `preprocess_train` or `preprocess_encoded`; empty_embeds: of `empty_embedding`;
-    alphas_cumprod: ᾱ of all timesteps, (num_train_timesteps,). Only the UNet gets a gradient.
-    """
+    """The loss of each example of a collated batch, (b,). Deterministic: the batch holds all random numbers.
+    empty_embeds: of `empty_embedding`; alphas_cumprod: ᾱ of all timesteps. Only the UNet gets a gradient."""
     if "latents" not in batch:  # not cached; they stay in the batch, for its next use
         batch["latents"] = encode_images(batch["pixel_values"], movq)
         batch["image_embeds"] = embed_images(batch["clip_pixel_values"], image_encoder)

@@ -405,8 +405,7 @@ def min_snr_weight(prediction_type, snr, gamma):
 
 def weighted_squared_error(prediction, target, weight):
     """weight · mean squared error of every example; prediction, target (b, ...), weight (b,). Returns (b,)."""
-    squared_error = (prediction.float() - target.float()).square()
-    return weight * squared_error.flatten(1).mean(1)
+    return weight * (prediction.float() - target.float()).square().flatten(1).mean(1)
 
 
 @torch.no_grad()
