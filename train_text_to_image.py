@@ -348,13 +348,9 @@ def predicted_noise(prediction_type, prediction, noisy, alphas_cumprod):
     return (noisy - alphas_cumprod**0.5 * prediction) / (1 - alphas_cumprod) ** 0.5
 
 
-def signal_to_noise_ratio(alphas_cumprod):
-    """SNR = ᾱ / (1 − ᾱ) (arXiv:2303.09556, section 3): 0 at ᾱ = 0, infinite at ᾱ = 1."""
-    return alphas_cumprod / (1 - alphas_cumprod)
-
-
-def min_snr_weight(prediction_type, snr, gamma):
-    """The Min-SNR-γ weight of a squared error, of snr's shape, finite at SNR = 0 (arXiv:2303.09556, section 3.4)."""
+def min_snr_weight(prediction_type, alphas_cumprod, gamma):
+    """The Min-SNR-γ weight of a squared error, of ᾱ's shape, finite for all ᾱ (arXiv:2303.09556, section 3.4)."""
+    snr = alphas_cumprod / (1 - alphas_cumprod)  # 0 at ᾱ = 0, infinite at ᾱ = 1
     if prediction_type == "epsilon":
         return (gamma / snr).clip(max=1)  # min(SNR, γ) / SNR
     if prediction_type == "v_prediction":
@@ -423,7 +419,7 @@ def training_losses(batch, unet, vae, text_encoder, alphas_cumprod, prediction_t
     target = prediction_target(prediction_type, latents, noise, alphas)
     weight = torch.ones_like(timesteps, dtype=torch.float32)
     if args.snr_gamma:
-        weight = min_snr_weight(prediction_type, signal_to_noise_ratio(alphas_cumprod[timesteps]), args.snr_gamma)
+        weight = min_snr_weight(prediction_type, alphas_cumprod[timesteps], args.snr_gamma)
     return weighted_squared_error(model_pred, target, weight)
 
 
@@ -1425,8 +1421,7 @@ class HeldOut:
         self.accelerator.log(values, step=step)
         log.bar.set_description_str(f"validation loss {loss:.4f}", refresh=False)
         logger.info(f"step {step}: validation loss {loss:.4f}")
-        lowest = min((entry["validation_loss"] for entry in self.history if entry["best"]), default=math.inf)
-        best = self.args.keep_best and loss < lowest
+        best = self.args.keep_best and all(loss < entry["validation_loss"] for entry in self.history if entry["best"])
         self.history.append({"step": step, "train_loss": float(np.mean(log.recent)), **values, "best": best})
         path = Path(self.args.output_dir) / "validation" / "loss.png"
         if self.accelerator.is_main_process and importlib.util.find_spec("matplotlib"):

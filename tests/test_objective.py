@@ -13,7 +13,6 @@ from train_text_to_image import (
     min_snr_weight,
     predicted_noise,
     prediction_target,
-    signal_to_noise_ratio,
     training_losses,
     weighted_squared_error,
 )
@@ -64,41 +63,34 @@ def test_predicted_noise_inverts_the_target(scheduler, clean_and_noise, predicti
     torch.testing.assert_close(predicted_noise(prediction_type, target, add_noise(clean, noise, alphas), alphas), noise)
 
 
-def test_signal_to_noise_ratio_is_diffusers_(scheduler):
-    timesteps = torch.arange(1000)
-    torch.testing.assert_close(
-        signal_to_noise_ratio(scheduler.alphas_cumprod), compute_snr(scheduler, timesteps), rtol=1e-4, atol=0
-    )  # float32: 1 - ᾱ has lost three digits at the first timesteps, and diffusers squares a square root besides
-
-
 @pytest.mark.parametrize("gamma", [1.0, 5.0])
-def test_min_snr_weight_is_the_papers(scheduler, gamma):
-    snr = signal_to_noise_ratio(scheduler.alphas_cumprod.double())
+def test_min_snr_weight_is_the_papers_with_diffusers_snr(scheduler, gamma):
+    scheduler.alphas_cumprod = alphas = scheduler.alphas_cumprod.double()
+    snr = compute_snr(scheduler, torch.arange(1000)).double()  # it is rounded to float32 twice, and squared
     smaller = torch.minimum(snr, torch.tensor(gamma, dtype=torch.float64))
-    torch.testing.assert_close(min_snr_weight("sample", snr, gamma), smaller)
-    torch.testing.assert_close(min_snr_weight("epsilon", snr, gamma), smaller / snr)
-    torch.testing.assert_close(min_snr_weight("v_prediction", snr, gamma), smaller / (snr + 1))
+    torch.testing.assert_close(min_snr_weight("sample", alphas, gamma), smaller, rtol=4e-7, atol=0)
+    torch.testing.assert_close(min_snr_weight("epsilon", alphas, gamma), smaller / snr, rtol=4e-7, atol=0)
+    torch.testing.assert_close(min_snr_weight("v_prediction", alphas, gamma), smaller / (snr + 1), rtol=4e-7, atol=0)
 
 
-def test_min_snr_weight_is_finite_where_the_quotient_is_not():
-    snr = torch.tensor([0.0, 1e-30, 1e30])
-    assert min_snr_weight("epsilon", snr, 5.0).tolist() == [1, 1, pytest.approx(5e-30)]
-    assert min_snr_weight("v_prediction", snr, 5.0).tolist() == [0, pytest.approx(1e-30), pytest.approx(5e-30)]
-    assert min_snr_weight("sample", snr, 5.0).tolist() == [0, pytest.approx(1e-30), 5]
+def test_min_snr_weight_is_finite_where_the_ratio_is_not():
+    alphas = torch.tensor([0.0, 1e-30, 1.0])  # SNR 0, 1e-30 and infinite
+    assert min_snr_weight("epsilon", alphas, 5.0).tolist() == [1, 1, 0]
+    assert min_snr_weight("v_prediction", alphas, 5.0).tolist() == [0, pytest.approx(1e-30), 0]
+    assert min_snr_weight("sample", alphas, 5.0).tolist() == [0, pytest.approx(1e-30), 5]
 
 
 def test_weights_of_all_predictions_mean_the_same_loss(scheduler, clean_and_noise):
     """A wrong x_0 by δ is a wrong ε by -δ√SNR and a wrong v by -δ√(SNR + 1): the paper's weights undo just that."""
     clean, noise = (tensor.double() for tensor in clean_and_noise)
     alphas = alphas_of(scheduler).double()
-    snr = signal_to_noise_ratio(alphas.flatten())
     noisy, wrong = add_noise(clean, noise, alphas), clean + 0.1
     wrong_noise = (noisy - alphas.sqrt() * wrong) / (1 - alphas).sqrt()
     losses = [
         weighted_squared_error(
             prediction_target(prediction_type, wrong, wrong_noise, alphas),
             prediction_target(prediction_type, clean, noise, alphas),
-            min_snr_weight(prediction_type, snr, 5.0),
+            min_snr_weight(prediction_type, alphas.flatten(), 5.0),
         ).mean()
         for prediction_type in PREDICTION_TYPES
     ]
