@@ -289,16 +289,6 @@ def add_noise(clean, noise, alphas_cumprod):
     return alphas_cumprod**0.5 * clean + (1 - alphas_cumprod) ** 0.5 * noise
 
 
-def min_snr_weight(prediction_type, alphas_cumprod, gamma):
-    """The Min-SNR-γ weight of a squared error, of ᾱ's shape, finite for all ᾱ (arXiv:2303.09556, section 3.4)."""
-    snr = alphas_cumprod / (1 - alphas_cumprod)  # 0 at ᾱ = 0, infinite at ᾱ = 1
-    if prediction_type == "epsilon":
-        return (gamma / snr).clip(max=1)  # min(SNR, γ) / SNR
-    if prediction_type == "v_prediction":
-        return snr.clip(max=gamma) / (snr + 1)
-    return snr.clip(max=gamma)
-
-
 def weighted_squared_error(prediction, target, weight):
     """weight · mean squared error of every example; prediction, target (b, ...), weight (b,). Returns (b,)."""
     return weight * (prediction.float() - target.float()).square().flatten(1).mean(1)
@@ -339,8 +329,8 @@ def training_losses(batch, prior, image_encoder, text_encoder, clip_mean, clip_s
     conditions = [batch[name] for name in ("text_embeds", "text_states", "attention_mask")]
     model_pred = prior(noisy, timesteps, *conditions).predicted_image_embedding
     weight = torch.ones_like(timesteps, dtype=torch.float32)
-    if args.snr_gamma:
-        weight = min_snr_weight("sample", alphas_cumprod[timesteps], args.snr_gamma)
+    if args.snr_gamma:  # min(SNR, γ), the Min-SNR weight of a predicted x_0 (arXiv:2303.09556, section 3.4)
+        weight = (alphas_cumprod / (1 - alphas_cumprod))[timesteps].clip(max=args.snr_gamma)
     return weighted_squared_error(model_pred, clean, weight)
 
 

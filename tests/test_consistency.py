@@ -20,13 +20,13 @@ FLAX, CHECK_DATA = "train_text_to_image_flax.py", "check_data.py"
 PART_ONE = {
     "train_text_to_image.py": 646,
     "train_text_to_image_sdxl.py": 712,
-    "train_text_to_image_prior.py": 545,
+    "train_text_to_image_prior.py": 535,
     "train_text_to_image_decoder.py": 552,
 }
 WHOLE = {
     "train_text_to_image.py": 1562,
     "train_text_to_image_sdxl.py": 1628,
-    "train_text_to_image_prior.py": 1461,
+    "train_text_to_image_prior.py": 1451,
     "train_text_to_image_decoder.py": 1468,
     FLAX: 2296,
     CHECK_DATA: 243,  # it explains what users bring, and mends it, so that the scripts need not
