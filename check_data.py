@@ -216,6 +216,7 @@ def check_row(args, dataset, tokenizer, row):
 
 
 def main(args):
+    sys.stdout.reconfigure(errors="backslashreplace")  # a console of Windows may lack letters of file names
     try:
         if args.write_metadata:
             write_metadata(args)

@@ -172,7 +172,8 @@ def parse_args(input_args=None):
     add("--hub_token", help="access token; better: `hf auth login`, which keeps it out of the shell's history")
 
     words = sys.argv[1:] if input_args is None else input_args
-    args = parser.parse_args([word.replace("=~/", f"={Path.home()}/", 1) for word in words])  # as shells do without =
+    home = os.path.expanduser("~")  # shells expand it only without =
+    args = parser.parse_args([word.replace("=~/", f"={home}/", 1) for word in words])
     if not (args.dataset_name or args.train_data_dir) and args.generate is None:
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
     if args.cache_encodings and not args.center_crop:
@@ -2247,7 +2248,7 @@ def write_model_card(args, base, part, name, seed, tags, run, code, **metadata):
     text = f"The {part} of `{as_json(base)}`, fine-tuned on `{as_json(source)}` for {run}."
     parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}", text]
     if args.validation_prompts:
-        newest = max(Path(args.output_dir, "validation").glob("step-*.png"))
+        newest = max(Path(args.output_dir, "validation").glob("step-*.png"), key=os.path.getmtime)
         prompts = as_json(args.validation_prompts, indent=2)
         parts += [f"![validation pictures](validation/{newest.name})", f"```json\n{prompts}\n```"]
     parts += ["![validation loss](validation/loss.png)"] * Path(args.output_dir, "validation", "loss.png").exists()

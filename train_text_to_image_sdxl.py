@@ -147,7 +147,7 @@ def parse_args(input_args=None):
     add("--mixed_precision", choices=["no", "fp16", "bf16"], help="default: accelerate's configuration")
     add("--deterministic", action="store_true", help="only deterministic kernels on GPUs: exact resumes, slower")
     add("--allow_tf32", action="store_true", help="allow TF32 matrix products on NVIDIA GPUs: faster, less precise")
-    add("--half_precision_norms", action="store_true", help="faster norms, less precise: outputs in --mixed_precision")
+    add("--half_precision_norms", action="store_true", help="norms output half precision: faster, less precise")
     add("--compile", action="store_true", help="compile the trained model: minutes at the start, then faster steps")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="use the attention of xformers")
     add("--enable_npu_flash_attention", action="store_true", help="use the attention of torch_npu, on an NPU")
@@ -166,19 +166,18 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("checkpoints").add_argument
     add("--output_dir", default="sdxl-model-finetuned", help="folder for the pipeline, its checkpoints and logs")
     add("--checkpointing_steps", type=count, default=500, help="updates between checkpoints")
-    add("--checkpoints_total_limit", type=count, help="number of checkpoints to keep, the newest; default: all")
-    add("--keep_best", action="store_true", help="keep the checkpoint of the lowest validation loss besides the newest")
-    add("--resume_from_checkpoint", nargs="?", const="latest", help="resume from checkpoint-<step> or the latest")
+    add("--checkpoints_total_limit", type=count, help="keep this many checkpoints, the newest; default: all")
+    add("--keep_best", action="store_true", help="also save and keep the checkpoint of the lowest validation loss")
+    add("--resume_from_checkpoint", nargs="?", const="latest", help="resume from the newest checkpoint or a given one")
 
     add = parser.add_argument_group("validation and logs").add_argument
-    add("--validation_prompts", nargs="+", help="prompts to generate pictures of, during training and at the end")
-    add("--validation_prompt", nargs=1, dest="validation_prompts", metavar="PROMPT", help="the same, for one prompt")
-    add("--num_validation_images", type=count, default=4, help="pictures of each prompt, of different noise")
+    add("--validation_prompts", "--validation_prompt", nargs="+", help="prompts to generate pictures of")
+    add("--num_validation_images", type=count, default=4, help="pictures per prompt, each from other noise")
     add("--validation_epochs", type=count, default=1, help="epochs between validations")
     add("--validation_steps", type=count, help="updates between validations, instead of epochs")
     add("--validation_rows", type=natural, default=0, help="rows held out of training, to compute a validation loss")
     add("--validation_data_dir", help="folder of images with captions for the validation loss, instead of those rows")
-    add("--logging_steps", type=count, default=10, help="updates between writings of the log; it has every update")
+    add("--logging_steps", type=count, default=10, help="updates between writes to the log, which holds every update")
     add("--logging_dir", default="logs", help="folder of the TensorBoard logs, inside --output_dir")
     add("--report_to", default="tensorboard", choices=["none", *trackers], help="tracker, or all installed")
     add("--tracker_project_name", default="text2image-fine-tune-sdxl", help="name of the project in the tracker")
@@ -188,8 +187,8 @@ def parse_args(input_args=None):
     add("--hub_model_id", help="repository to upload to; default: the name of --output_dir, under your account")
     add("--hub_token", help="access token; better: `hf auth login`, which keeps it out of the shell's history")
 
-    words = sys.argv[1:] if input_args is None else input_args
-    args = parser.parse_args([word.replace("=~/", f"={Path.home()}/", 1) for word in words])  # as shells do without =
+    words = sys.argv[1:] if input_args is None else input_args  # after a = shells do not expand ~
+    args = parser.parse_args([word.replace("=~/", "=" + os.path.expanduser("~/"), 1) for word in words])
     if not (args.dataset_name or args.train_data_dir):
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
     if args.cache_encodings and not args.center_crop:
@@ -198,9 +197,10 @@ def parse_args(input_args=None):
         parser.error("argument --cache_encodings: must not be inside --output_dir, which is uploaded as a whole")
     if (args.lora_alpha or args.lora_target_modules) and not args.rank:
         parser.error("arguments --lora_alpha and --lora_target_modules: need --rank")
-    held_out = bool(args.validation_rows) + bool(args.validation_data_dir)
-    if held_out > 1 or args.keep_best > held_out:
-        parser.error("arguments --validation_rows, --validation_data_dir: give one of them; --keep_best needs one")
+    if args.validation_rows and args.validation_data_dir:
+        parser.error("arguments --validation_rows and --validation_data_dir: give one of them")
+    if args.keep_best and not (args.validation_rows or args.validation_data_dir):
+        parser.error("argument --keep_best: needs --validation_rows or --validation_data_dir")
     if args.train_text_encoder:
         parser.error(
             "arguments --train_text_encoder and --debug_loss: only the UNet is trained, and updates are logged"
@@ -225,6 +225,7 @@ import diffusers
 import fsspec
 import numpy as np
 import PIL.ImageOps  # and PIL.Image
+import safetensors.torch
 import torch
 import torchvision
 import transformers
@@ -236,7 +237,6 @@ from diffusers.training_utils import cast_training_params, offload_models
 from diffusers.utils import convert_state_dict_to_kohya
 from huggingface_hub import HfApi, ModelCardData
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load, load_file, save, save_file
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -336,7 +336,7 @@ def preprocess_train(args, tokenizers, latents_shape, distribution, row, rng):
     return {**example, **draw_noise(args, latents_shape, distribution, rng)}
 
 
-def encode_rows(args, tokenizers, vae, text_encoders, rows):
+def encode_rows(args, tokenizers, vae, text_encoders, rows, threads):
     """Encode everything that may be sampled from a batch of rows (dict of lists; images are RGB `PIL.Image`).
 
     Returns bytes of safetensors per row: "moments" (flips, 2 · channels, h, w), "size", of the image, (width, height),
@@ -344,17 +344,17 @@ def encode_rows(args, tokenizers, vae, text_encoders, rows):
     """
     images = rows[args.image_column]
     unflipped = argparse.Namespace(**{**vars(args), "random_flip": False})
-    with ThreadPool() as threads:
-        crops = threads.map(lambda image: train_transforms(unflipped, image, random_generator(0))[0], images)
+    crops = threads.map(lambda image: train_transforms(unflipped, image, random_generator(0))[0], images)
     pixel_values = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
-    flips = [pixel_values, pixel_values.flip(3)][: 1 + args.random_flip]
+    flips = [pixel_values, pixel_values.flip(3)] if args.random_flip else [pixel_values]
     encodings = {"moments": torch.stack([encode_images(flip, vae).cpu() for flip in flips], dim=1).contiguous()}
     encodings["size"] = torch.tensor([image.size for image in images])
     captions = [[texts] if isinstance(texts, str) else texts for texts in rows[args.caption_column]]
     input_ids = tokenize_captions(list(itertools.chain(*captions)), tokenizers)
     for name, values in encode_captions(input_ids, text_encoders).items():
         encodings[name] = values.cpu().split([len(texts) for texts in captions])
-    return [save(dict(zip(encodings, row, strict=True))) for row in zip(*encodings.values(), strict=True)]
+    columns = zip(*encodings.values(), strict=True)
+    return [safetensors.torch.save(dict(zip(encodings, row, strict=True))) for row in columns]
 
 
 def preprocess_encoded(args, empty_caption, latents_shape, distribution, row, rng):
@@ -362,7 +362,7 @@ def preprocess_encoded(args, empty_caption, latents_shape, distribution, row, rn
 
     empty_caption: those of "". Has "moments", "text_states" and "text_embeds", not "pixel_values" and "input_ids".
     """
-    encodings = load(row["encodings"])
+    encodings = safetensors.torch.load(row["encodings"])
     *_, flipped, time_ids = draw_crop(args, *encodings["size"].tolist(), rng)
     number = choose_caption(range(len(encodings["text_embeds"])), args.proportion_empty_prompts, rng)
     conditions = empty_caption if number == "" else {name: encodings[name][number] for name in empty_caption}
@@ -407,7 +407,7 @@ def weighted_squared_error(prediction, target, weight):
 @torch.no_grad()
 def encode_images(pixel_values, vae):
     """The VAE's posterior of uint8 images (b, 3, h, w): mean and log-variance, (b, 2 · channels, height, width)."""
-    white = torch.full((), 255.0, device=vae.device)  # division by a Python number multiplies by an inexact inverse
+    white = torch.full((), 255.0, device=vae.device)  # a tensor: a Python number's rounded inverse would multiply
     pixel_values = pixel_values.to(vae.device).float() / white * 2 - 1
     return vae.encode(pixel_values.to(vae.dtype)).latent_dist.parameters
 
@@ -431,8 +431,8 @@ def training_losses(batch, unet, vae, text_encoders, alphas_cumprod, prediction_
     batch: collated examples of `preprocess_train` or `preprocess_encoded`; alphas_cumprod: ᾱ of all timesteps,
     (num_train_timesteps,). Only the UNet gets a gradient.
     """
-    if "moments" not in batch:  # not cached; they stay in the batch, for its next use
-        batch["moments"] = encode_images(batch["pixel_values"], vae)
+    if "moments" not in batch:  # not cached; `HeldOut` uses its batches again, so they stay there
+        batch["moments"] = encode_images(batch.pop("pixel_values"), vae)
         batch |= encode_captions(batch["input_ids"], text_encoders)
     posterior = DiagonalGaussianDistribution(batch["moments"])
     latents = posterior.mean.float() + posterior.std.float() * batch["posterior_noise"]
@@ -468,13 +468,13 @@ def check_pipeline(path, hub):
         raise RunError(f"--pretrained_model_name_or_path {path}: {problem}")
 
 
-def load_vae(args, weights):
+def load_vae(args, options):
     """The VAE, in float32: of the pipeline or of --pretrained_vae_model_name_or_path. Raises RunError."""
     path = args.pretrained_vae_model_name_or_path
     if not path:
-        return AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **weights)
+        return AutoencoderKL.from_pretrained(args.pretrained_model_name_or_path, subfolder="vae", **options)
     with naming(f"--pretrained_vae_model_name_or_path {path}"):
-        return AutoencoderKL.from_pretrained(path, **{**weights, "revision": None, "variant": None})
+        return AutoencoderKL.from_pretrained(path, **{**options, "revision": None, "variant": None})
 
 
 def check_architecture(unet, vae, text_encoders, tokenizers, resolution):
@@ -525,16 +525,16 @@ def apply_flags(args, unet):
         block.compile()  # block by block: compiles faster than the whole model
 
 
-def prepare_rows(accelerator, args, parts, tokenizers, vae, text_encoders):
-    """The rows of each data set, or their encodings, and the function that turns one into an example."""
+def prepare_rows(accelerator, args, data, tokenizers, vae, text_encoders):
+    """The rows of each data set or their encodings, and a partial, `args` first, that turns one into an example."""
     if not args.cache_encodings:
         for frozen in (vae, *text_encoders):
             frozen.to(accelerator.device)
-        return parts, functools.partial(preprocess_train, args, tokenizers)
+        return data, functools.partial(preprocess_train, args, tokenizers)
     rules = [[tokenizer.model_max_length, tokenizer.backend_tokenizer.to_str()] for tokenizer in tokenizers]
     settings = [args.resolution, args.image_interpolation_mode, args.random_flip, str(vae.dtype), rules]
     encode = functools.partial(encode_rows, args, tokenizers, vae, text_encoders)
-    rows = [cached_encodings(accelerator, args, part, settings, [vae, *text_encoders], encode) for part in parts]
+    rows = [cached_encodings(accelerator, args, part, settings, [vae, *text_encoders], encode) for part in data]
     with offload_models(*text_encoders, device=accelerator.device):
         conditions = encode_captions(tokenize_captions([""], tokenizers), text_encoders)
     empty_caption = {name: condition.cpu()[0] for name, condition in conditions.items()}
@@ -564,7 +564,7 @@ def save_adapter(unet, folder):
     StableDiffusionXLPipeline.save_lora_weights(folder, adapter, unet_lora_adapter_metadata=config.to_dict())
     kohya = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in adapter.items()})
     kohya |= {k: torch.tensor(float(config.lora_alpha)) for k in kohya if k.endswith(".alpha")}  # instead of the rank
-    save_file(kohya, Path(folder, "pytorch_lora_weights_kohya.safetensors"))
+    safetensors.torch.save_file(kohya, Path(folder, "pytorch_lora_weights_kohya.safetensors"))
 
 
 def usage(args, name):
@@ -603,28 +603,28 @@ def main(args):
     first_step, examples_seen = start["step"], start["examples_seen"]
 
     # Models: what trains in float32, all that is frozen in the precision of --mixed_precision.
-    weights = {**hub, "variant": args.variant, "use_safetensors": True, "dtype": torch.float32}
+    options = {**hub, "variant": args.variant, "use_safetensors": True, "dtype": torch.float32}
     frozen_dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    frozen_weights = {**weights, "dtype": frozen_dtype}
+    frozen_options = {**options, "dtype": frozen_dtype}
     pipeline = validation_pipeline = None
     with naming(f"--pretrained_model_name_or_path {path}" + (f", {checkpoint}" if checkpoint else "")):
         check_pipeline(path, hub)
         noise_scheduler = DDPMScheduler.from_pretrained(path, subfolder="scheduler", **hub)
         tokenizers = [CLIPTokenizer.from_pretrained(path, subfolder=f"tokenizer{end}", **hub) for end in ("", "_2")]
-        text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", **frozen_weights)
-        text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(path, subfolder="text_encoder_2", **frozen_weights)
-        vae = load_vae(args, weights)
+        text_encoder = CLIPTextModel.from_pretrained(path, subfolder="text_encoder", **frozen_options)
+        text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(path, subfolder="text_encoder_2", **frozen_options)
+        vae = load_vae(args, options)
         if checkpoint and not args.rank:
             unet = UNet2DConditionModel.from_pretrained(checkpoint / "unet", use_safetensors=True)
         else:
-            unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **weights)
+            unet = UNet2DConditionModel.from_pretrained(path, subfolder="unet", **options)
         if args.rank:
             add_adapter(args, unet, frozen_dtype, seed, checkpoint and checkpoint / "unet")
         ema_unet = args.use_ema and make_ema(accelerator, args, unet, checkpoint and checkpoint / "unet_ema")
         if accelerator.is_main_process and not args.rank:  # the result, loaded now: nothing can be missing at the end
             parts = {"unet": unet, "vae": copy.deepcopy(vae)}
-            pipeline = StableDiffusionXLPipeline.from_pretrained(path, **parts, **weights)
-        if args.validation_prompts or args.rank:
+            pipeline = StableDiffusionXLPipeline.from_pretrained(path, **parts, **options)
+        if args.validation_prompts or args.rank:  # with --rank for its scheduler, which is checked
             parts = {"unet": unet, "vae": vae, "text_encoder": text_encoder, "text_encoder_2": text_encoder_2}
             validation_pipeline = StableDiffusionXLPipeline.from_pretrained(path, **parts, **hub)
     text_encoders = [text_encoder, text_encoder_2]
@@ -642,11 +642,12 @@ def main(args):
 
     # Data, and the length of the run.
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    parts, to_train, to_hold_out = load_data(accelerator, args, ["image_column", "caption_column"], seed, batch_size)
+    # Rows to train on are of the first data set, held-out rows of the last: there are two with --validation_data_dir.
+    data, to_train, to_hold_out = load_data(accelerator, args, ["image_column", "caption_column"], seed, batch_size)
     examples_left = max(0, args.num_train_epochs * len(to_train) - examples_seen)
     last_step = max(first_step, args.max_train_steps or first_step + math.ceil(examples_left / batch_size))
     validation_period = (args.validation_steps or 0) * batch_size or args.validation_epochs * len(to_train)  # examples
-    run = {"seed": seed, "batch_size": batch_size, "rows": len(to_train), "data": parts[0]._fingerprint}
+    run = {"seed": seed, "batch_size": batch_size, "rows": len(to_train), "data": data[0]._fingerprint}
 
     # Optimizer.
     to_device(accelerator, args, unet.train())
@@ -656,7 +657,9 @@ def main(args):
     if checkpoint:
         check_resume(args, checkpoint, start, run)
         load_optimizer(accelerator, unet, optimizer, checkpoint)
-    lr_scheduler = make_lr_scheduler(args, optimizer, first_step, last_step)
+    schedule = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step, "last_epoch": first_step - 1}
+    with naming(f"--lr_scheduler {args.lr_scheduler}"):  # a function of the update: it has no state to save
+        lr_scheduler = get_scheduler(args.lr_scheduler, optimizer, **schedule)
 
     # Every check has passed: from here on the run writes.
     repo_id = on_main_process(accelerator, prepare_hub_repository, args) if args.push_to_hub else args.hub_model_id
@@ -664,7 +667,7 @@ def main(args):
     log_plan(accelerator, args, path, run, first_step, last_step, validation_period)
 
     # One stream of examples for the whole run, entered where the checkpoint left it.
-    rows, preprocess = prepare_rows(accelerator, args, parts, tokenizers, vae, text_encoders)
+    rows, preprocess = prepare_rows(accelerator, args, data, tokenizers, vae, text_encoders)
     frozen_parts = (vae, text_encoders, alphas_cumprod, prediction_type)
     preprocess = functools.partial(preprocess, latents_shape, distribution)
     positions = range(examples_seen, examples_seen + (last_step - first_step) * batch_size)
@@ -674,11 +677,11 @@ def main(args):
     # Loop.
     log = UpdateLog(accelerator, args, run, start, last_step)
     cpu_group = torch.distributed.new_group(backend="gloo") if accelerator.num_processes > 1 else None
-    with contextlib.closing(batches), noted_signals() as noted:
+    with contextlib.closing(batches), contextlib.closing(log.bar), noted_signals() as noted:
         for step in range(first_step + 1, last_step + 1):
             losses = []
             for _ in range(args.gradient_accumulation_steps):
-                batch = log.next_batch(batches)
+                batch = log.next_batch(batches)  # next(batches), and the time that it took
                 with accelerator.accumulate(unet):
                     loss = training_losses(batch, unet, *frozen_parts, args)
                     accelerator.backward(loss.mean())
@@ -695,23 +698,21 @@ def main(args):
 
             stop = noted_anywhere(noted, cpu_group) if step < last_step else 0
             save = stop or step % args.checkpointing_steps == 0
-            due = (args.validation_prompts or held_out.batches) and not stop
-            due = due and examples_seen // validation_period > (examples_seen - batch_size) // validation_period
+            period_ends = examples_seen // validation_period > (examples_seen - batch_size) // validation_period
+            due = period_ends and not stop and (args.validation_prompts or held_out.batches)
             if save or due or step == last_step or step % args.logging_steps == 0:
                 log.flush()
             if held_out.batches and (due or step == last_step):
                 save = held_out.evaluate(step, ema_unet or unet, training_losses, frozen_parts, log) or save
             if save:
                 state = {**run, "step": step, "examples_seen": examples_seen}
-                state |= {"recent_losses": log.recent, "validation": held_out.history}
+                state |= {"recent_losses": log.recent, "validation": held_out.history, "best": held_out.best}
                 save_checkpoint(accelerator, args, "unet", unet, ema_unet, optimizer, state)
             if due and args.validation_prompts and step < last_step:
                 log_validation(validation_pipeline, ema_unet or unet, accelerator, args, seed, step)
             if stop:
-                log.bar.close()
                 accelerator.end_training()
                 exit_after(stop, f"after step {step}; --resume_from_checkpoint resumes")
-        log.bar.close()
         save_result(accelerator, args, pipeline, save_adapter, unet=ema_unet or unet)
 
     # Validation of the result, and the model card.
@@ -730,13 +731,13 @@ def main(args):
 # ----------------------------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
-PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks; twice as much is an error
+PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow's own limit, against decompression bombs, is 179 megapixels
 warnings.filterwarnings("ignore", module="PIL|accelerate|datasets|diffusers|huggingface_hub|peft|transformers")
-fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
+fsspec.get_filesystem_class("zip").cachable = True  # else the directory of an archive is read again for each image
 FOR_TESTS = r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)"  # folders and archives, of any case
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 ADAPTER = "pytorch_lora_weights.safetensors"  # diffusers' name for it
-CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
+CHUNK_ROWS = 1000  # mean number of rows in a file of encodings; a crash costs each process one such file
 
 
 class RunError(Exception):
@@ -765,7 +766,7 @@ def naming(what):
 
 # Data sets and the stream of examples ---------------------------------------------------------------------------------
 def load_data(accelerator, args, flags, seed, batch_size):
-    """[data set, maybe another for validation], rows of the first to train on, held-out rows of the last."""
+    """[data set, maybe another for validation], rows of the first to train on, held-out rows of the last: indices."""
     sources = ["dataset_name" if args.dataset_name else "train_data_dir", "validation_data_dir"]
     parts = [load_rows(args, source, flags) for source in sources if getattr(args, source)]
     if args.max_train_samples:
@@ -775,6 +776,9 @@ def load_data(accelerator, args, flags, seed, batch_size):
     held_out, to_train = np.split(random_generator(seed, 5).permutation(len(parts[0])), [args.validation_rows])
     if args.validation_rows and len(to_train) < batch_size:
         raise RunError(f"--validation_rows {args.validation_rows}: of {len(parts[0])}, leaves no batch of {batch_size}")
+    both = set.intersection(*(set(part.data.column(args.image_column).flatten()[1].to_pylist()) for part in parts))
+    if args.validation_data_dir and any(os.path.isabs((path or "").rpartition("::")[2]) for path in both):
+        raise RunError(f"--validation_data_dir {args.validation_data_dir}: holds images to train on")
     return parts, np.sort(to_train), range(len(parts[1])) if args.validation_data_dir else held_out
 
 
@@ -789,9 +793,9 @@ def load_rows(args, source_flag, flags):
         if any(Path(source, name).is_file() for name in ("state.json", "dataset_dict.json")):
             dataset = datasets.load_from_disk(source)
         else:
-            on_hub = {"path": source, "name": args.dataset_config_name, "data_dir": args.train_data_dir}
+            hub = {"path": source, "name": args.dataset_config_name, "data_dir": args.train_data_dir, "split": "train"}
             in_folder = {"path": "imagefolder", "data_files": {"train": os.path.join(glob.escape(source), "**")}}
-            dataset = datasets.load_dataset(cache_dir=args.cache_dir, **(in_folder if is_folder else on_hub))
+            dataset = datasets.load_dataset(cache_dir=args.cache_dir, **(in_folder if is_folder else hub))
         dataset = dataset["train"] if isinstance(dataset, dict) else dataset
     found = dataset.column_names
     for flag, column in zip(flags, columns, strict=True):
@@ -853,7 +857,7 @@ def read_caption(path):
 
 
 def readable_rows(args, dataset):
-    """The numbers of the rows to train on. Reads the first 1,000 images; --skip_bad_images: all. Raises RunError."""
+    """The indices of the rows to use. Reads the first 1,000 images; with --skip_bad_images all. Raises RunError."""
 
     def problem(row):
         try:
@@ -886,7 +890,7 @@ def read_image(value, row="(unnamed)"):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        reason = str(error).partition(", could be")[0]  # Pillow goes on about attacks
+        reason = str(error).partition(", could be")[0]  # without Pillow's remark on decompression bombs
         raise RunError(f"image {value['path'] or row} cannot be read: {reason}") from error
 
 
@@ -938,13 +942,14 @@ def make_batches(accelerator, args, stream, positions):
 def cached_encodings(accelerator, args, dataset, settings, models, encode):
     """The rows {"encodings": bytes} of `dataset`, memory-mapped from --cache_encodings; encodes missing ones."""
     chunks = on_main_process(accelerator, list_chunks, args, dataset, settings, models)
-    own = [chunk for chunk in chunks if not chunk[0].exists()][accelerator.process_index :: accelerator.num_processes]
+    missing = on_main_process(accelerator, lambda: [chunk for chunk in chunks if not chunk[0].exists()])
+    own = missing[accelerator.process_index :: accelerator.num_processes]
 
     def encode_batch(batch):
         exit_after(noted_anywhere(noted, None), "while encoding; the same command resumes")
         rows = dataset[batch["row"]]
         rows[args.image_column] = threads.starmap(read_image, zip(rows[args.image_column], batch["row"], strict=True))
-        encodings = encode(rows)
+        encodings = encode(rows, threads)
         bar.update(len(encodings))
         return {"encodings": encodings}
 
@@ -954,7 +959,7 @@ def cached_encodings(accelerator, args, dataset, settings, models, encode):
     on_device = offload_models(*models, device=accelerator.device, offload=bool(own))
     with on_device, noted_signals() as noted, ThreadPool() as threads, bar:
         for path, rows in own:
-            with naming(f"--cache_encodings: rows {rows.start} to {rows.stop} cannot be encoded to {path}"):
+            with naming(f"--cache_encodings: rows {rows.start} to {rows.stop - 1} cannot be encoded to {path}"):
                 numbers = datasets.Dataset.from_dict({"row": rows})
                 numbers.map(encode_batch, cache_file_name=str(path), new_fingerprint=path.stem, **options)
     exit_after(noted_anywhere(noted, None), "while encoding; the same command resumes")
@@ -989,14 +994,13 @@ def row_digests(args, dataset):
     """A digest (bytes) per row, which changes with its image or captions, and not if the data's folder moves."""
     if dataset[0][args.image_column]["bytes"] is not None:  # images inside the data set's own files
         return [dataset._fingerprint.encode() + row.to_bytes(8) for row in range(len(dataset))]
-    data_folder = os.path.abspath(args.train_data_dir or args.dataset_name)
 
     def row_digest(image, *captions):
         name, _, path = image["path"].rpartition("::")  # in an archive
         with open(path, "rb") as file:
             stat = os.fstat(file.fileno())
             ends = [file.read(4096), file.seek(max(0, stat.st_size - 4096)), file.read(4096)]
-        facts = [name + os.path.relpath(path, data_folder), stat.st_size, stat.st_mtime_ns, captions, ends]
+        facts = [name or os.path.basename(path), stat.st_size, stat.st_mtime_ns, captions, ends]
         return hashlib.sha256(repr(facts).encode()).digest()
 
     with ThreadPool(16) as threads:  # to hide the latency of a network disk
@@ -1029,7 +1033,7 @@ def find_start(accelerator, args):
     if wanted and not checkpoint:
         logger.warning(f"--resume_from_checkpoint: no checkpoint in {output_dir}, starting at step 0")
     if "architecture" in state:
-        raise RunError(f"--resume_from_checkpoint {checkpoint}: is of the JAX script")
+        raise RunError(f"--resume_from_checkpoint {checkpoint}: was written by the JAX script")
     if len(set(gather_object([(state["step"], str(checkpoint))]))) > 1:
         raise RunError(f"--output_dir {output_dir}: must be on a disk that all processes share")
     (seed,) = broadcast_object_list([state["seed"] if args.seed is None else args.seed])
@@ -1040,7 +1044,7 @@ def find_start(accelerator, args):
 
 def check_flags(args, checkpoint, before, now):
     """Log the flags that have changed since a checkpoint. Raises RunError if one of them cannot. before, now: dicts."""
-    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    names = [name for name in sorted({*before, *now} - {"resume_from_checkpoint"}) if before.get(name) != now.get(name)]
     changes = {name: f"--{name} {now.get(name)} (was {before.get(name)})" for name in names}
     logger.info(f"resuming from {checkpoint}; changed: {', '.join(changes.values()) or 'nothing'}")
     fixed = ["rank", "lora_alpha", "lora_target_modules", "use_8bit_adam"] + (["use_ema"] if args.use_ema else [])
@@ -1064,9 +1068,9 @@ def read_checkpoint(checkpoint):
 def check_resume(args, checkpoint, before, run):
     """Warn of what the result depends on and is not as in the checkpoint's state `before`. Raises RunError."""
     for key in (key for key in run if before[key] != run[key]):
-        was = f"{checkpoint} was made with another {key.replace('_', ' ')} ({before[key]}, now {run[key]})"
+        was = f"{key.replace('_', ' ')} was {before[key]} at {checkpoint} and is {run[key]}"
         if args.validation_rows and key in ("seed", "rows"):
-            raise RunError(f"{was}; --validation_rows would hold out rows that it was trained on")
+            raise RunError(f"{was}; --validation_rows would hold out rows that were trained on")
         logger.warning(f"{was}; the result will differ from that of an uninterrupted run")
 
 
@@ -1074,8 +1078,8 @@ def save_checkpoint(accelerator, args, name, model, ema, optimizer, state):
     """Write checkpoint-<step> atomically, with `model` in folder `name`; prune older ones. Called by every process."""
     final = Path(args.output_dir) / f"checkpoint-{state['step']}"
     partial = final.with_name(final.name + ".partial")
-    partial.mkdir(exist_ok=True)
     with naming(f"{final} cannot be written (is its disk full?)"), contextlib.ExitStack() as cleanup:
+        partial.mkdir(exist_ok=True)
         if accelerator.is_main_process:
             cleanup.callback(shutil.rmtree, partial, ignore_errors=True)  # what a failed save leaves
         if accelerator.distributed_type == "FSDP":
@@ -1097,16 +1101,15 @@ def save_checkpoint(accelerator, args, name, model, ema, optimizer, state):
             flush_to_disk(*partial.rglob("*"), partial)
             partial.rename(final)
             flush_to_disk(final.parent)
-            kept = [entry["step"] for entry in state["validation"] if entry["best"]][-1:]
             for step, path in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
-                if step not in kept:
+                if step != state["best"].get("step"):
                     shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))  # a crash leaves no half of one
     logger.info(f"saved {final}")
     accelerator.wait_for_everyone()
 
 
 def load_optimizer(accelerator, model, optimizer, folder):
-    """Load the optimizer's state and fp16's loss scale, but no settings: the flags say them. Raises RunError."""
+    """Load the optimizer's state and fp16's loss scale; hyperparameters are those of the flags. Raises RunError."""
     with naming(f"{folder}: the optimizer cannot be loaded (runs with and without FSDP cannot resume each other)"):
         if accelerator.distributed_type == "FSDP":
             accelerate.utils.load_fsdp_optimizer(accelerator.state.fsdp_plugin, accelerator, optimizer, model, folder)
@@ -1121,7 +1124,7 @@ def load_optimizer(accelerator, model, optimizer, folder):
 
 
 def flush_to_disk(*paths):
-    """Wait until files, and the names in folders, are on disk. Files get the mode of the umask, also safetensors."""
+    """Flush files and folders to disk. Files get the umask's permissions: safetensors creates them as 0600."""
     umask = os.umask(0)
     os.umask(umask)
     for path in paths:
@@ -1157,7 +1160,8 @@ def save_result(accelerator, args, pipeline, save_adapter, **trained):
         elif accelerator.is_main_process:
             pipeline.register_modules(**parts)
             pipeline.save_pretrained(folder)
-        flush_to_disk(*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors"))
+        if accelerator.is_main_process:
+            flush_to_disk(*folder.glob("*.safetensors"), *folder.glob("*/*.safetensors"))
 
 
 def check_folders(args):
@@ -1177,10 +1181,11 @@ def check_folders(args):
                 raise RunError(f"--{flag} {path}: {part.parent.name}/ has only {hint}")
     folder = Path(args.output_dir).resolve()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    data = [Path(path) for path in (args.train_data_dir, args.validation_data_dir, args.dataset_name) if path]
     of_a_run = any((folder / name).exists() for name in ("model_index.json", ADAPTER))
     problems = {
         "is the model to start from": folder in [Path(model).resolve() for model in models.values()],
-        "holds the training images": Path(args.train_data_dir or "/").resolve().is_relative_to(folder),
+        "holds the training images": any(path.exists() and path.resolve().is_relative_to(folder) for path in data),
         "has a README.md of something else": (folder / "README.md").exists() > of_a_run,
         "--logging_dir is a file": (folder / args.logging_dir).is_file(),
         f"no permission to write to {existing}": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
@@ -1209,9 +1214,9 @@ def make_accelerator(args):
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # one process encodes, the others wait
     options = {"mixed_precision": args.mixed_precision, "project_config": folders, "kwargs_handlers": [patience]}
     options |= {"dataloader_config": accelerate.DataLoaderConfiguration(non_blocking=True)}
-    options |= {"gradient_accumulation_steps": args.gradient_accumulation_steps}
     with naming(f"--mixed_precision {args.mixed_precision}, --report_to {args.report_to}"):
         accelerator = accelerate.Accelerator(log_with=None if args.report_to == "none" else args.report_to, **options)
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps  # the launcher may have set another
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and accelerator.num_processes == 1:
         raise RunError("each process would train alone: on CPUs set ACCELERATE_USE_CPU=true for the launcher")
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
@@ -1226,8 +1231,8 @@ def make_accelerator(args):
         raise RunError(f"--report_to {args.report_to}: not installed here, run `pip install {args.report_to}`")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     above_bar = logging.Handler()
     above_bar.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     above_bar.emit = lambda record: tqdm.write(printable(above_bar.format(record)), file=sys.stderr)
@@ -1261,7 +1266,7 @@ def on_main_process(accelerator, function, *arguments):
 
 @contextlib.contextmanager
 def noted_signals():
-    """Within the block, stop signals are only noted, as (signal, time). One after more than a second exits at once."""
+    """Within the block, stop signals are only recorded: (signal, time). One after more than a second exits at once."""
     noted = []
 
     def note(signum, _):
@@ -1308,7 +1313,7 @@ def noted_anywhere(noted, group):
 
 
 # Weights, optimizer and average ---------------------------------------------------------------------------------------
-def to_device(accelerator, args, model):
+def to_device(accelerator, args, model, device=None):
     """Move a model that trains, or its average, to the device. Channels-last weights are faster, but not on CPUs."""
     # FSDP needs contiguous weights; bitsandbytes makes them so in its first update, and a resumed run would differ.
     contiguous = accelerator.distributed_type == "FSDP" or args.use_8bit_adam
@@ -1317,7 +1322,8 @@ def to_device(accelerator, args, model):
     for module in model.modules() if args.half_precision_norms else ():
         if type(module) in (torch.nn.GroupNorm, torch.nn.LayerNorm):
             module.forward = functools.partial(half_precision_norm, module)
-    return model._apply(lambda tensor: tensor.to(accelerator.device, copy=True))  # not the mapped file, see make_ema
+    # A copy, since Windows deletes no file that is mapped into memory.
+    return model._apply(lambda tensor: tensor.to(device or accelerator.device, copy=True))
 
 
 def half_precision_norm(norm, hidden):
@@ -1334,7 +1340,7 @@ def half_precision_norm(norm, hidden):
 
 
 def add_adapter(args, model, dtype, seed, folder=None):
-    """Freeze the model in `dtype`, add a float32 adapter (arXiv:2106.09685): random or of `folder`. Raises RunError."""
+    """Freeze the model in `dtype`, add a float32 adapter (arXiv:2106.09685), new or of `folder`. Raises RunError."""
     layers = args.lora_target_modules or ["to_q", "to_k", "to_v", "to_out.0"]
     kinds = (torch.nn.Linear, torch.nn.Conv2d)
     names = [f".{name}" for name, module in model.named_modules() if isinstance(module, kinds)]
@@ -1347,7 +1353,7 @@ def add_adapter(args, model, dtype, seed, folder=None):
         model.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.lora_alpha or args.rank, target_modules=layers))
     cast_training_params(model)
     if folder:
-        set_peft_model_state_dict(model, load_file(folder / ADAPTER))
+        set_peft_model_state_dict(model, safetensors.torch.load_file(folder / ADAPTER))
 
 
 def make_optimizer(args, parameters, device, lr_scale=1):
@@ -1361,28 +1367,20 @@ def make_optimizer(args, parameters, device, lr_scale=1):
     return optimizer_class(parameters, eps=args.adam_epsilon, weight_decay=args.adam_weight_decay, **settings)
 
 
-def make_lr_scheduler(args, optimizer, first_step, last_step):
-    """The learning rate schedule, a function of the update, entered at `first_step`: it has no state to save."""
-    steps = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": last_step}
-    with naming(f"--lr_scheduler {args.lr_scheduler}"):
-        return get_scheduler(args.lr_scheduler, optimizer, **steps, last_epoch=first_step - 1)
-
-
 def make_ema(accelerator, args, model, folder=None):
-    """The average of the model's weights, which shares the frozen ones; on resuming those in `folder` (Path)."""
+    """A copy of the model for the average, which shares frozen weights; when resuming, the one in `folder` (Path)."""
     if folder and not args.rank:
         ema = type(model).from_pretrained(folder, use_safetensors=True)
     else:
         ema = copy.deepcopy(model, {id(weight): weight for weight in model.parameters() if not weight.requires_grad})
     if folder and args.rank:
-        set_peft_model_state_dict(ema, load_file(folder / ADAPTER))
+        set_peft_model_state_dict(ema, safetensors.torch.load_file(folder / ADAPTER))
     ema.requires_grad_(False).eval()
     ema.forward = accelerate.utils.convert_outputs_to_fp32(ema.forward)  # as of the trained model in mixed precision
-    if accelerator.distributed_type == "FSDP":
-        return accelerate.utils.fsdp2_prepare_model(accelerator, ema)
-    if "offload_ema" in args and args.offload_ema:
-        return ema._apply(torch.clone)  # Windows deletes no file that is mapped
-    return to_device(accelerator, args, ema)
+    is_sharded = accelerator.distributed_type == "FSDP"
+    on_cpu = is_sharded or ("offload_ema" in args and args.offload_ema)
+    ema = to_device(accelerator, args, ema, torch.device("cpu") if on_cpu else None)
+    return accelerate.utils.fsdp2_prepare_model(accelerator, ema) if is_sharded else ema
 
 
 @torch.no_grad()
@@ -1397,10 +1395,10 @@ def update_ema(ema, model, step):
 # Validation, logs and Hub ---------------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def evaluating(accelerator, model):
-    """Within the block, the model is on the device, without gradients, dropout and compilation. Gives its autocast."""
+    """Evaluation mode: on the device, no gradients, dropout or compilation. Yields the model's forward in autocast."""
     training = model.training
     model.eval()
-    # Moving a model, also to where it is, reshards it: FSDP leaves it unsharded if no backward pass follows.
+    # A move, even to the same device, reshards a model: FSDP leaves it unsharded without a backward pass.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), offload_models(model, device=accelerator.device):
         yield accelerator.autocast()(model.__call__)
     model.train(training)
@@ -1453,7 +1451,7 @@ def log_plan(accelerator, args, model, run, first_step, last_step, validation_pe
 def log_result(args, code, loss):
     """Log where everything is, and `code`: Python that generates a picture with the result. loss: of `HeldOut`."""
     names = [name for name in ("README.md", "validation", args.logging_dir) if Path(args.output_dir, name).exists()]
-    names.append(f"{len(list_checkpoints(args.output_dir))} checkpoints")
+    names.append(f"checkpoints ({len(list_checkpoints(args.output_dir))})")
     logger.info(f"saved the result in {args.output_dir}; there too: {', '.join(names)}{loss}")
     tqdm.write(f"Generate a picture with it:\n\n{code}", file=sys.stderr)
 
@@ -1462,46 +1460,46 @@ class HeldOut:
     """Held-out rows and the history of their loss: mean squared error, the same crops and noise whatever the flags."""
 
     def __init__(self, accelerator, args, rows, preprocess, num_train_timesteps, start):
-        off = ["random_flip", "proportion_empty_prompts", "snr_gamma", "noise_offset", "input_perturbation"]
-        plain = {**dict.fromkeys([*off, "dream_training"], 0), "center_crop": True}
+        off = ["random_flip", "proportion_empty_prompts", "noise_offset", "input_perturbation", "dream_training"]
         self.accelerator = accelerator
-        self.args = argparse.Namespace(**{**vars(args), **plain})
-        self.number = len(rows)
-        self.num_train_timesteps = num_train_timesteps
+        self.args = argparse.Namespace(**vars(args) | dict.fromkeys([*off, "snr_gamma"], 0) | {"center_crop": True})
+        self.rows = rows
+        self.length = num_train_timesteps  # of the noise schedule
         self.history = start.get("validation", [])
-        stream = ExampleStream(rows, functools.partial(preprocess.func, self.args, *preprocess.args[1:]), 2**64)
+        self.best = start.get("best", {})  # entry of the history
+        stream = ExampleStream(rows, functools.partial(preprocess.func, self.args, *preprocess.args[1:]), seed=2**64)
         self.batches = list(make_batches(accelerator, args, stream, range(len(rows)))) if len(rows) else []
 
     def evaluate(self, step, model, training_losses, frozen_parts, log):
-        """Log the loss after `step` updates. Called by every process. Returns whether to keep a checkpoint for it."""
+        """Log the loss after `step` updates. Called by every process. Returns whether --keep_best is to save for it."""
         losses = []
         with evaluating(self.accelerator, self.accelerator.unwrap_model(model)) as predict:
             for part, batch in itertools.product(range(1, 16, 2), self.batches):  # middles of eighths of the schedule
-                batch["timesteps"].fill_(self.num_train_timesteps * part // 16)
+                batch["timesteps"].fill_(self.length * part // 16)
                 losses.append(self.accelerator.gather(training_losses(batch, predict, *frozen_parts, self.args)))
-        losses = torch.cat(losses).cpu().double().view(4, 2, -1)[:, :, : self.number]  # without accelerate's padding
-        limits = itertools.pairwise(self.num_train_timesteps * part // 4 for part in range(5))
-        names = [f"validation_loss/t{first:03d}-{end - 1:03d}" for first, end in limits]
+        losses = torch.cat(losses).cpu().double().view(4, 2, -1)[:, :, : len(self.rows)]  # without accelerate's padding
+        names = [f"validation_loss/t{self.length * k // 4:03d}-{self.length * (k + 1) // 4 - 1:03d}" for k in range(4)]
         loss = losses.mean().item()
         values = {"validation_loss": loss, **dict(zip(names, losses.mean((1, 2)).tolist(), strict=True))}
         self.accelerator.log(values, step=step)
         log.bar.set_description_str(f"validation loss {loss:.4f}", refresh=False)
         logger.info(f"step {step}: validation loss {loss:.4f}")
-        best = self.args.keep_best and all(loss < entry["validation_loss"] for entry in self.history if entry["best"])
-        self.history.append({"step": step, "train_loss": float(np.mean(log.recent)), **values, "best": best})
+        self.history.append({"step": step, "train_loss": float(np.mean(log.recent)), **values})
+        is_best = self.args.keep_best and loss < self.best.get("validation_loss", math.inf)
+        self.best = self.history[-1] if is_best else self.best
         path = Path(self.args.output_dir) / "validation" / "loss.png"
         if self.accelerator.is_main_process and importlib.util.find_spec("matplotlib"):
-            with naming(f"{path} cannot be written"):
-                path.parent.mkdir(exist_ok=True)
-                axes = importlib.import_module("matplotlib.figure").Figure().subplots()
-                losses = datasets.Dataset.from_list(self.history).to_pandas()
-                losses.plot("step", ["train_loss", "validation_loss"], ax=axes, style=".-").figure.savefig(path)
-        return best
+            path.parent.mkdir(exist_ok=True)
+            axes = importlib.import_module("matplotlib.figure").Figure().subplots()
+            table = datasets.Dataset.from_list(self.history).to_pandas()
+            table.plot("step", ["train_loss", "validation_loss"], ax=axes, style=".-").figure.savefig(path)
+        return is_best
 
     def summary(self):
         """The checkpoint that is kept for its loss, as the end of a sentence."""
-        best = [entry for entry in self.history if entry["best"]][-1:]
-        return "".join(f"; lowest validation loss {e['validation_loss']:.4f}: checkpoint-{e['step']}" for e in best)
+        if not Path(self.args.output_dir, f"checkpoint-{self.best.get('step')}").exists():
+            return ""
+        return f"; lowest validation loss {self.best['validation_loss']:.4f}: checkpoint-{self.best['step']}"
 
 
 class UpdateLog:
@@ -1575,7 +1573,7 @@ def write_model_card(args, base, part, name, seed, tags, run, code, **metadata):
     text = f"The {part} of `{as_json(base)}`, fine-tuned on `{as_json(source)}` for {run}."
     parts = [f"---\n{metadata.to_yaml()}\n---", f"# {title}", text]
     if args.validation_prompts:
-        newest = max(Path(args.output_dir, "validation").glob("step-*.png"))
+        newest = max(Path(args.output_dir, "validation").glob("step-*.png"), key=os.path.getmtime)
         prompts = as_json(args.validation_prompts, indent=2)
         parts += [f"![validation pictures](validation/{newest.name})", f"```json\n{prompts}\n```"]
     parts += ["![validation loss](validation/loss.png)"] * Path(args.output_dir, "validation", "loss.png").exists()
@@ -1613,20 +1611,22 @@ def push_to_hub(args, repo_id):
 
 
 def error_line(args, error):
-    """One line about a RunError or a lack of memory on the device, on the host or in /dev/shm; of other errors None."""
-    if isinstance(error, (ConnectionError, EOFError)) or re.search(r"worker \(pid|shared memory|</torch_", str(error)):
+    """One line about a RunError, an OSError (disk, permissions) or a lack of memory; of other errors None."""
+    lost = isinstance(error, (ConnectionError, EOFError)) and "dataloader.py" in traceback.format_exc()
+    if lost or re.search(r"worker \(pid|</torch_", str(error)):
         return "a data worker has ended: no memory, or no room in /dev/shm (--shm-size)? Lower --dataloader_num_workers"
     if not re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
         line = str(error).rpartition("RunError: ")[2].strip()  # a data worker puts a traceback before it
-        return line if isinstance(error, RunError) else None
+        return line if isinstance(error, (RunError, OSError)) else None
     tasks = {"cached_encodings": "encoding images", "validate": "generating pictures", "next_batch": "reading images"}
     task = next((task for name, task in tasks.items() if f", in {name}\n" in traceback.format_exc()), "training")
     size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"
-    less = ["mixed_precision", "cache_encodings", "use_8bit_adam", "gradient_checkpointing", "offload_ema", "rank"]
+    less = ["mixed_precision", "cache_encodings", "use_8bit_adam", "gradient_checkpointing"]
+    less += ["offload_ema"] * args.use_ema + ["rank"]
     less = [f"--{flag}" for flag in less if getattr(args, flag, True) in (None, False, "no")] + ["a lower --resolution"]
     if args.train_batch_size > 1:
         less.insert(0, "smaller batches, with more --gradient_accumulation_steps")
-    return f"out of memory while {task}, with {size}; less need, cheapest first: {', '.join(less)}"
+    return f"out of memory while {task}, with {size}; these need less, cheapest first: {', '.join(less)}"
 
 
 if __name__ == "__main__":

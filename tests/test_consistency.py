@@ -71,13 +71,11 @@ INTENDED_FLAGS = {
 }
 # Flags that are accepted and not needed.
 WITHOUT_EFFECT = {"local_rank", "foreach_ema", "from_pt"}
-# Other names of a flag, of upstream's LoRA scripts.
-ANOTHER_NAME = {"validation_prompt"}
 # Ours beyond upstream's.
 NEW = {"proportion_empty_prompts", "validation_steps", "logging_steps", "skip_bad_images", "cache_encodings"}
 NEW |= {"validation_rows", "validation_data_dir", "keep_best"}
 NEW_IN_PYTORCH = NEW | {"compile", "deterministic", "half_precision_norms", "lora_alpha", "lora_target_modules"}
-NEW_IN_PYTORCH |= {"rank", "validation_prompt", "num_validation_images"}  # of upstream's LoRA scripts
+NEW_IN_PYTORCH |= {"rank", "num_validation_images"}  # of upstream's LoRA scripts
 NEW_FLAGS = {
     "train_text_to_image.py": NEW_IN_PYTORCH,
     "train_text_to_image_sdxl.py": NEW_IN_PYTORCH
@@ -422,7 +420,7 @@ def test_the_list_of_flags_is_frozen(name):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_flag_has_an_effect(name):
     assert flags(SCRIPTS[name])
-    assert unread_flags(SCRIPTS[name]) - WITHOUT_EFFECT - ANOTHER_NAME == set()
+    assert unread_flags(SCRIPTS[name]) - WITHOUT_EFFECT == set()
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

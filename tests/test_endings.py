@@ -95,9 +95,9 @@ def group_of(pid):
             # With a cause of the library's own, in which no line of the script stands.
             "UNet2DConditionModel:forward:3:"
             "[e for e in [torch.OutOfMemoryError('out of memory')] if not setattr(e, '__cause__', MemoryError())][0]",
-            "error: out of memory while training, with --train_batch_size 2 and --resolution 32; less need, cheapest "
-            "first: smaller batches, with more --gradient_accumulation_steps, --mixed_precision, --cache_encodings, "
-            "--use_8bit_adam, --gradient_checkpointing, --offload_ema, --rank, a lower --resolution\n",
+            "error: out of memory while training, with --train_batch_size 2 and --resolution 32; these need less, "
+            "cheapest first: smaller batches, with more --gradient_accumulation_steps, --mixed_precision, "
+            "--cache_encodings, --use_8bit_adam, --gradient_checkpointing, --rank, a lower --resolution\n",
         ),
         ("StableDiffusionPipeline:__call__:1:ValueError('from a library')", "ValueError: from a library"),
     ],

@@ -54,7 +54,7 @@ def test_every_line_of_a_log(script, own_flags, tmp_path):
         f"INFO validation pictures: {output}/validation/step-000001.png",
         f"INFO saved {output}/checkpoint-2",
         f"INFO validation pictures: {output}/validation/step-000002.png",
-        f"INFO saved the result in {output}; there too: README.md, validation, logs, 2 checkpoints",
+        f"INFO saved the result in {output}; there too: README.md, validation, logs, checkpoints (2)",
     ]
     end = lines.index("Generate a picture with it:")
     assert all(re.match(TIME, line) for line in lines[:end]), lines

@@ -152,7 +152,7 @@ def test_a_checkpoint_of_the_pytorch_script_is_refused_as_such_in_jax(trained):
 def test_a_checkpoint_of_the_jax_script_is_refused_as_such_in_pytorch(script, flags, trained):
     checkpoint = trained(FLAX)["output_dir"] / "checkpoint-1"
     line = refusal({**flags, "resume_from_checkpoint": checkpoint}, script)
-    assert line == f"--resume_from_checkpoint {checkpoint}: is of the JAX script"
+    assert line == f"--resume_from_checkpoint {checkpoint}: was written by the JAX script"
 
 
 @all_scripts

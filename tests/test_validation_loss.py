@@ -196,9 +196,6 @@ def test_the_best_checkpoint_is_kept(common, tmp_path, capfd):
     losses = {entry["step"]: entry["validation_loss"] for entry in entries}
     best = min(losses, key=losses.get)
     assert best % 3
-    assert [step for step in losses if entries[step - 1]["best"]] == [
-        step for step in losses if losses[step] == min(list(losses.values())[:step])
-    ]
     assert checkpoints(flags["output_dir"]) == [best, 9]
     said = f"; lowest validation loss {losses[best]:.4f}: checkpoint-{best}"
     assert f"{said}\n" in capfd.readouterr().err
@@ -208,7 +205,6 @@ def test_the_best_checkpoint_is_kept(common, tmp_path, capfd):
     assert checkpoints(flags["output_dir"]) == [best, 12]
     assert history(flags["output_dir"], 12)[:9] == entries
     assert f"{said}\n" in capfd.readouterr().err
-    assert not any(entry["best"] for entry in history(flags["output_dir"], 12)[9:])
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
