@@ -1925,12 +1925,10 @@ def noted_signals():
             os._exit(128 + signum)
 
     in_main_thread = threading.current_thread() is threading.main_thread()  # only it may set handlers
-    before = {signum: signal.signal(signum, note) for signum in STOP_SIGNALS if in_main_thread}
-    try:
+    with contextlib.ExitStack() as restore:
+        for signum in STOP_SIGNALS if in_main_thread else ():
+            restore.callback(signal.signal, signum, signal.signal(signum, note))  # which returns the handler before
         yield noted
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def signal_agreement(mesh):
