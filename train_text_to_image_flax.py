@@ -1220,16 +1220,6 @@ def published_name(name, part):
     return re.sub(r"(?<=attentions\.0\.)(query|key|value|proj_attn)\b", lambda found: VAE_ATTENTION[found[0]], name)
 
 
-def write_weights(model, weights, folder, flax_too):
-    """Write weights {name: array in the module's layout} as safetensors, and also as Flax's msgpack if `flax_too`."""
-    stem, flax_name = FILE_NAMES[folder.name]
-    arrays = {name: np.ascontiguousarray(to_checkpoint_layout(model.paths[name], weights[name])) for name in weights}
-    safetensors.numpy.save_file(arrays, folder / f"{stem}.safetensors", metadata={"format": "pt"})
-    if flax_too:
-        tree = traverse_util.unflatten_dict({flax_path_of(model.paths[name]): weights[name] for name in weights})
-        (folder / flax_name).write_bytes(serialization.msgpack_serialize(tree))
-
-
 # The fields of a configuration that say how a model is built, with the defaults of the libraries.
 FIELDS = {
     "unet": {
@@ -1361,12 +1351,17 @@ def save_frozen_parts(args, folder, index, tokenizer, models, weights):
 
 
 def save_model(args, source, model, weights):
-    """Write a model to its folder in output_dir, with its configuration from the folder `source`."""
+    """Write a model to its folder in output_dir: the configuration in `source`, and weights in the module's layout."""
     folder = Path(args.output_dir) / source.name
     folder.mkdir(exist_ok=True)
     config = (source / "config.json").read_bytes()
     (folder / "config.json").write_bytes(config.replace(b'"_class_name": "Flax', b'"_class_name": "'))
-    write_weights(model, weights, folder, args.save_flax_weights)
+    stem, flax_name = FILE_NAMES[source.name]
+    arrays = {name: np.ascontiguousarray(to_checkpoint_layout(model.paths[name], weights[name])) for name in weights}
+    safetensors.numpy.save_file(arrays, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    if args.save_flax_weights:
+        tree = traverse_util.unflatten_dict({flax_path_of(model.paths[name]): weights[name] for name in weights})
+        (folder / flax_name).write_bytes(serialization.msgpack_serialize(tree))
 
 
 def save_result(args, folder, unet_folder, index, model, params, prediction_type):

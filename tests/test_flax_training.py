@@ -203,8 +203,9 @@ def test_from_a_folder_of_flax_to_one_that_pytorch_loads(flags, pipeline_folder,
     """As FlaxStableDiffusionPipeline wrote them: only .msgpack, Flax's class names, a checker that only Flax loads."""
     folder = shutil.copytree(pipeline_folder, tmp_path / "of_flax")
     models, weights = load_models(folder)
+    args = SimpleNamespace(output_dir=folder, save_flax_weights=True)
     for part, model in models.items():
-        script.write_weights(model, weights[part], folder / part, flax_too=True)
+        script.save_model(args, folder / part, model, weights[part])
         config = json.loads((folder / part / "config.json").read_text())
         names = {name: f"Flax{config[name]}" for name in ("_class_name",) if name in config}
         (folder / part / "config.json").write_text(json.dumps(config | names))
