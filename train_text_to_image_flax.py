@@ -1605,23 +1605,24 @@ def cached_encodings(args, dataset, settings, weights, encode):
     missing = on_first_process(lambda: [chunk for chunk in chunks if not os.path.exists(chunk[0])])
     own = missing[jax.process_index() :: jax.process_count()]
 
-    def encode_batch(rows):
+    def encode_batch(batch):
         if noted:
             sys.exit(128 + noted[0][0])
-        rows[args.image_column] = threads.map(read_image, rows[args.image_column])
+        rows = dataset[batch["row"]]
+        rows[args.image_column] = threads.starmap(read_image, zip(rows[args.image_column], batch["row"], strict=True))
         encodings = encode(rows)
         bar.update(len(encodings))
         return {"encodings": encodings}
 
     def encode_chunk(path, first, last):
         with naming(f"--cache_encodings: rows {first} to {last} cannot be encoded to {path}"):
-            chunk = dataset.select(range(first, last))
-            chunk.map(encode_batch, cache_file_name=path, new_fingerprint=Path(path).stem, **options)
+            numbers = datasets.Dataset.from_dict({"row": range(first, last)})
+            numbers.map(encode_batch, cache_file_name=path, new_fingerprint=Path(path).stem, **options)
         if noted:  # in the last batch
             sys.exit(128 + noted[0][0])
 
     options = {"batched": True, "batch_size": args.train_batch_size * jax.local_device_count()}
-    options |= {"remove_columns": dataset.column_names, "writer_batch_size": 100}
+    options |= {"remove_columns": "row", "writer_batch_size": 100}
     bar = progress_bar(sum(chunk[2] - chunk[1] for chunk in own), "image", desc="encoding", disable=not own)
     with noted_signals() as noted, ThreadPool() as threads, bar:
         for turn in range(math.ceil(len(missing) / jax.process_count())):
