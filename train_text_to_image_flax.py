@@ -1983,11 +1983,10 @@ def on_devices(weights, mesh, dtype):
     return jax.tree.map(lambda array: place(array.astype(dtype), mesh), weights)
 
 
-def spread(shape, mesh, shard):
-    """The `PartitionSpec` of a weight: whole on every device, or sharded along its longest side that divides."""
-    devices = mesh.devices.size
-    sides = [(size, -axis) for axis, size in enumerate(shape) if shard and size % devices == 0]
-    return PartitionSpec(*[None] * -max(sides)[1], "data") if sides else PartitionSpec()
+def sharding_of(weight, mesh, shard):
+    """The `NamedSharding` of a weight: whole on every device or, if `shard`, along its longest side that divides."""
+    sides = [(size, -axis) for axis, size in enumerate(weight.shape) if shard and size % mesh.devices.size == 0]
+    return NamedSharding(mesh, PartitionSpec(*[None] * -max(sides)[1], "data") if sides else PartitionSpec())
 
 
 def make_schedule(args, peak, last_step):
@@ -2013,12 +2012,12 @@ def make_optimizer_transform(args):
     return optax.chain(adam, optax.add_decayed_weights(args.adam_weight_decay))
 
 
-def initial_train_state(params, transform, averages, scales):
-    """Everything that an update changes, a tree of arrays; averages: with "ema"; scales: with fp16's "loss_scale"."""
+def initial_train_state(params, transform, flags):
+    """Everything that an update changes, a tree of arrays, in a run of these flags (dict)."""
     state = {"params": params, "optimizer": transform.init(params)}
-    if averages:
+    if flags["use_ema"]:
         state["ema"] = jax.tree.map(jnp.copy, params)
-    if scales:
+    if flags["mixed_precision"] == "fp16":
         state["loss_scale"] = jax.tree.map(jnp.asarray, INITIAL_LOSS_SCALE)
     return state
 
@@ -2026,20 +2025,14 @@ def initial_train_state(params, transform, averages, scales):
 def make_train_state(args, weights, transform, mesh, checkpoint, state):
     """The training state on the mesh, and its shardings: from a checkpoint with its `state`, or else from `weights`.
     What the checkpoint's run kept and this one does not is dropped; a loss scale that it lacks starts anew."""
-
-    def make(flags):
-        kept = {"averages": flags["use_ema"], "scales": flags["mixed_precision"] == "fp16"}
-        return functools.partial(initial_train_state, transform=transform, **kept)
-
-    def sharding_of(x):
-        return NamedSharding(mesh, spread(x.shape, mesh, args.shard_params))
-
-    shardings = jax.tree.map(sharding_of, jax.eval_shape(make(vars(args)), weights))
+    sharding = functools.partial(sharding_of, mesh=mesh, shard=args.shard_params)
+    make = functools.partial(initial_train_state, transform=transform, flags=vars(args))
+    shardings = jax.tree.map(sharding, jax.eval_shape(make, weights))
     if checkpoint is None:
         params = {name: place(array, mesh, shardings["params"][name].spec) for name, array in weights.items()}
-        return jax.jit(make(vars(args)), out_shardings=shardings)(params), shardings
-    saved = jax.eval_shape(make(state["arguments"]), weights)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x)), saved)
+        return jax.jit(make, out_shardings=shardings)(params), shardings
+    saved = jax.eval_shape(functools.partial(make, flags=state["arguments"]), weights)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(x)), saved)
     with naming(f"{checkpoint}: the checkpoint is damaged or of another model"), ocp.StandardCheckpointer() as reader:
         loaded = reader.restore(checkpoint.absolute() / "train_state", like)
     loaded = {"loss_scale": {name: place(value, mesh) for name, value in INITIAL_LOSS_SCALE.items()}, **loaded}

@@ -121,7 +121,7 @@ def test_one_update_is_pytorch_s(both, batch, words):
     unet.zero_grad()
 
     transform = script.make_optimizer_transform(args)
-    state = script.initial_train_state(jax.tree.map(jnp.asarray, weights["unet"]), transform, False, False)
+    state = script.initial_train_state(jax.tree.map(jnp.asarray, weights["unet"]), transform, vars(args))
     batches = {name: array[None] for name, array in batch.items()}
     bound = {"loss": loss_in_jax, "transform": transform, "args": args}
     step = jax.jit(functools.partial(script.train_step, **bound))

@@ -283,6 +283,9 @@ def arguments(**changes):
     return SimpleNamespace(**settings, adam_beta1=0.9, adam_beta2=0.99, adam_epsilon=1e-8, **changes)
 
 
+KEPT = {"use_ema": True, "mixed_precision": "no"}  # of a state of training
+
+
 def linear_loss(params, frozen, batch, key):
     """Its gradient is the batch."""
     return sum((params[name] * batch[name]).sum() for name in params)
@@ -297,7 +300,7 @@ def test_updates_are_those_of_adamw_in_pytorch():
     rng = np.random.default_rng(0)
     start = {"a": rng.standard_normal((3, 4), np.float32), "b": rng.standard_normal(5, np.float32)}
     transform = script.make_optimizer_transform(arguments())
-    state = script.initial_train_state(jax.tree.map(jnp.asarray, start), transform, averages=True, scales=False)
+    state = script.initial_train_state(jax.tree.map(jnp.asarray, start), transform, KEPT)
     theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
     optimizer = torch.optim.AdamW(theirs.values(), lr=1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
     average = start
@@ -324,7 +327,7 @@ def test_the_decay_of_the_average_is_that_of_diffusers():
     transform, zeros = script.make_optimizer_transform(arguments()), {"a": np.zeros((2, 1), np.float32)}
     update = jax.jit(functools.partial(small_step, transform=transform))
     for step in (*range(1, 30), 1000, 10**5, 10**6):
-        state = script.initial_train_state({"a": jnp.zeros(1)}, transform, averages=True, scales=False)
+        state = script.initial_train_state({"a": jnp.zeros(1)}, transform, KEPT)
         state, _ = update({**state, "ema": {"a": jnp.ones(1)}}, zeros, step)
         assert float(state["ema"]["a"][0]) == pytest.approx(theirs.get_decay(step), abs=1e-6)
 
@@ -352,7 +355,7 @@ def test_schedules_are_those_of_diffusers(name, warmup):
 
 def test_an_update_whose_gradient_overflows_is_left_out():
     transform = script.make_optimizer_transform(arguments())
-    state = script.initial_train_state({"a": jnp.arange(3.0)}, transform, averages=False, scales=True)
+    state = script.initial_train_state({"a": jnp.arange(3.0)}, transform, {"use_ema": False, "mixed_precision": "fp16"})
     good = {"a": np.ones((2, 3), np.float32)}
     before, metrics = small_step(state, good, 1, transform)
     assert metrics["loss_scale"] == 2**16
