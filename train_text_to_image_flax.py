@@ -439,27 +439,26 @@ COMPUTE_TYPES = {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
 FROZEN = ("vae", "text_encoder")
 
 
-def mean_gradient(params, frozen, batches, key, loss, scale):
+def mean_gradient(params, frozen, batches, key, losses, scale):
     """The mean loss and gradient over the micro-steps of an update; `scale` is fp16's loss scale. See `train_step`."""
-    loss_and_gradient = jax.value_and_grad(lambda params, batch: loss(params, frozen, batch, key) * scale)
-    micro_steps = len(jax.tree.leaves(batches)[0])
-    if micro_steps == 1:  # no loop: on a CPU, XLA compiles the body of one to much slower code
-        total = loss_and_gradient(params, {name: array[0] for name, array in batches.items()})
+    loss_and_gradient = jax.value_and_grad(lambda params, batch: losses(params, frozen, batch, key).mean() * scale)
+    if len(batches) == 1:  # no loop: on a CPU, XLA compiles the body of one to much slower code
+        total = loss_and_gradient(params, batches[0])
     else:
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
         add = lambda total, batch: (jax.tree.map(jnp.add, total, loss_and_gradient(params, batch)), None)  # noqa: E731
-        total, _ = jax.lax.scan(add, zeros, batches)
-    return jax.tree.map(lambda value: value / (scale * micro_steps), total)
+        total, _ = jax.lax.scan(add, zeros, jax.tree.map(lambda *arrays: jnp.stack(arrays), *batches))
+    return jax.tree.map(lambda value: value / (scale * len(batches)), total)
 
 
-def train_step(state, frozen, batches, key, step, learning_rate, loss, transform, args):
+def train_step(state, frozen, batches, key, step, learning_rate, losses, transform, args):
     """One update. Pure. Returns the new state and {name: value to log}.
 
-    state: of `make_train_state`; batches: arrays (micro-steps, rows, ...); step: from 1; loss: function of params,
-    frozen, batch, key. With fp16 an update of a gradient that is not finite is skipped (arXiv:1710.03740).
+    state: of `make_train_state`; batches: of the micro-steps, [dict of arrays]; step: from 1; losses: function of
+    params, frozen, batch, key. With fp16 an update of a gradient that is not finite is skipped (arXiv:1710.03740).
     """
     scale = state["loss_scale"]["scale"] if "loss_scale" in state else jnp.float32(1)
-    mean_loss, gradient = mean_gradient(state["params"], frozen, batches, key, loss, scale)
+    mean_loss, gradient = mean_gradient(state["params"], frozen, batches, key, losses, scale)
     norm = optax.tree.norm(gradient)
     gradient = jax.tree.map(lambda value: value * jnp.minimum(1, args.max_grad_norm / (norm + 1e-6)), gradient)
     updates, optimizer_state = transform.update(gradient, state["optimizer"], state["params"])
@@ -514,8 +513,7 @@ def prepare_rows(args, parts, tokenizer, models, weights):
     settings = [args.resolution, args.image_interpolation_mode, args.random_flip, dtype, rules, configs]
     encoder = make_encoder(args, models, weights)
     encode = functools.partial(encode_rows, args, tokenizer, encoder)
-    encoders = [weights[part] for part in FROZEN]
-    rows = [cached_encodings(args, dataset, settings, encoders, encode) for dataset in parts]
+    rows = [cached_encodings(args, dataset, settings, weights, encode) for dataset in parts]
     (empty_caption,) = encoder("input_ids", tokenize_captions([""], tokenizer).input_ids)
     return rows, functools.partial(preprocess_encoded, args, dtype, empty_caption)
 
@@ -578,8 +576,7 @@ def main(args):
     check_objective(prediction_type, alphas_cumprod)
 
     # Data, and the length of the run.
-    rows = args.train_batch_size * jax.device_count()
-    batch_size = rows * args.gradient_accumulation_steps
+    batch_size = args.train_batch_size * jax.device_count() * args.gradient_accumulation_steps
     parts, to_train, to_hold_out = load_data(args, ["image_column", "caption_column"], batch_size)
     examples_left = max(0, args.num_train_epochs * len(to_train) - examples_seen)
     last_step = max(first_step, args.max_train_steps or first_step + math.ceil(examples_left / batch_size))
@@ -609,7 +606,7 @@ def main(args):
     prepared, preprocess = prepare_rows(args, parts, tokenizer, models, weights)
     stream = ExampleStream(prepared[0].select(to_train), preprocess, args.seed)
     positions = range(examples_seen, examples_seen + (last_step - first_step) * batch_size)
-    micro_batches = read_ahead(stream, positions, rows, args.dataloader_num_workers)
+    micro_batches = read_ahead(args, stream, positions)
     on_first_process(save_frozen_parts, args, folder, index, tokenizer, models, weights)
     weights = weights if args.cache_encodings and args.validation_prompts else {}  # for the pictures
 
@@ -620,12 +617,9 @@ def main(args):
         alphas = jnp.asarray(alphas_cumprod)
         return training_losses(params, frozen, {**noise, **batch}, models, alphas, prediction_type, args)
 
-    def loss(params, frozen, batch, key):
-        return losses(params, frozen, batch, key, args).mean()
-
     encoder = functools.partial(jax.jit(functools.partial(encode, models=models, dtype=dtype)), frozen=frozen)
     held_out = HeldOut(args, prepared[-1].select(to_hold_out), preprocess, encoder, losses, len(alphas_cumprod), start)
-    update = functools.partial(train_step, loss=loss, transform=transform, args=args)
+    update = functools.partial(train_step, losses=functools.partial(losses, args=args), transform=transform, args=args)
     update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
     sampler = make_sampler(models, scheduler_config, prediction_type, 20, dtype)
 
@@ -641,14 +635,11 @@ def main(args):
     log = UpdateLog(args, batch_size, start, last_step)
     checkpoints = CheckpointWriter(args)
     agreed = signal_agreement(mesh)
-    by_row = NamedSharding(mesh, PartitionSpec(None, "data"))  # of micro-batches (micro-steps, rows, ...)
     key = place(random_generator(args.seed, 4).integers(2**32, size=2, dtype=np.uint32), mesh)
     closing = contextlib.closing
     with closing(micro_batches), closing(log), closing(checkpoints), noted_signals() as noted:
         for step in range(first_step + 1, last_step + 1):
             batches = [log.next_batch(micro_batches) for _ in range(args.gradient_accumulation_steps)]
-            batches = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-            batches = jax.make_array_from_process_local_data(by_row, batches)
             scalars = (place(np.int32(step), mesh), place(rates[step - 1], mesh))
             train_state, metrics = update(train_state, frozen, batches, key, *scalars)
             log.add(step, metrics)
@@ -662,11 +653,10 @@ def main(args):
                 log.flush()
                 checkpoints.finish(wait=False)
             if held_out.batches and (due or step == last_step):
-                save = held_out.evaluate(step, train_state.get("ema", train_state["params"]), mesh, log) or save
+                save = held_out.evaluate(step, train_state.get("ema", train_state["params"]), log) or save
             if save:
-                state = {**run, "step": step, "examples_seen": examples_seen}
-                state |= {"recent_losses": log.recent, "validation": [*held_out.history]}
-                checkpoints.save(train_state, state)
+                state = {"step": step, "examples_seen": examples_seen, "recent_losses": log.recent}
+                checkpoints.save(train_state, {**run, **state, "validation": [*held_out.history]})
             if due and args.validation_prompts and step < last_step:
                 validate(step)
             if stop:
@@ -1570,29 +1560,30 @@ class ExampleStream:
             raise RunError(f"row {row}: {error}") from error
 
 
-def read_ahead(stream, positions, rows, threads):
-    """Yield this process's share of micro-batches of `rows` examples, dicts of arrays; threads read up to two each
-    ahead. "positions" are high and low halves, (n, 2) of uint32: JAX lacks 64 bits."""
+def read_ahead(args, stream, positions):
+    """Yield micro-batches of an `ExampleStream`, dicts of arrays sharded over all devices; the last one is full, too.
+    Threads read this process's share, up to two each ahead. "positions" are high and low halves, (n, 2) of uint32: JAX
+    lacks 64 bits."""
+    threads = args.dataloader_num_workers
     if not threads:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = 1 if jax.default_backend() == "cpu" else min(16, cores)
-    own = rows // jax.process_count()
+    own = args.train_batch_size * jax.local_device_count()
 
     def read(first):
-        numbers = np.array(positions[first : first + own])
+        numbers = first + own * jax.process_index() + np.arange(own)
         examples = [stream[int(position)] for position in numbers]
         batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
         return {**batch, "positions": np.stack([numbers >> 32, numbers & 0xFFFFFFFF], axis=1).astype(np.uint32)}
 
+    sharding = NamedSharding(device_mesh(jax.devices()), PartitionSpec("data"))
     executor = ThreadPoolExecutor(threads)
-    waiting = []
+    submitted = (executor.submit(read, first) for first in positions[:: own * jax.process_count()])
+    waiting = list(itertools.islice(submitted, 2 * threads))
     try:
-        for first in range(jax.process_index() * own, len(positions), rows):
-            waiting.append(executor.submit(read, first))
-            if len(waiting) > 2 * threads:
-                yield waiting.pop(0).result()
         while waiting:
-            yield waiting.pop(0).result()
+            waiting += itertools.islice(submitted, 1)
+            yield jax.make_array_from_process_local_data(sharding, waiting.pop(0).result())
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
@@ -1639,7 +1630,7 @@ def cached_encodings(args, dataset, settings, weights, encode):
 def list_chunks(args, dataset, settings, weights):
     """[(file of encodings, its first row, the row after its last)]. Its path is a digest of all that determines it."""
     digest = hashlib.sha256(json.dumps(settings, default=str).encode())
-    for array in jax.tree.leaves(weights):
+    for array in jax.tree.leaves([weights[part] for part in FROZEN]):
         digest.update(array)
     folder = Path(args.cache_encodings) / digest.hexdigest()[:16]
     with naming(f"--cache_encodings {folder}"):
@@ -2089,32 +2080,25 @@ class HeldOut:
     """Held-out rows and the history of their loss: mean squared error, the same crops and noise whatever the flags."""
 
     def __init__(self, args, rows, preprocess, encoder, losses, num_train_timesteps, start):
-        off = ["random_flip", "proportion_empty_prompts", "snr_gamma", "noise_offset", "input_perturbation"]
-        plain = {**dict.fromkeys([*off, "dream_training"], 0), "center_crop": True}
-        self.args = argparse.Namespace(**{**vars(args), **plain})
+        off = ["random_flip", "proportion_empty_prompts", "noise_offset", "input_perturbation", "dream_training"]
+        self.args = argparse.Namespace(**vars(args) | dict.fromkeys([*off, "snr_gamma"], 0) | {"center_crop": True})
         self.losses = jax.jit(functools.partial(losses, args=self.args))
         self.number = len(rows)
-        self.num_train_timesteps = num_train_timesteps
+        self.length = num_train_timesteps
         self.history = start.get("validation", [])
         stream = ExampleStream(rows, functools.partial(preprocess.func, self.args, *preprocess.args[1:]), 2**64)
-        self.size = args.train_batch_size * jax.device_count()
-        padded = len(rows) + -len(rows) % self.size
-        batches = read_ahead(stream, range(padded), self.size, args.dataloader_num_workers)
-        sharding = NamedSharding(device_mesh(jax.devices()), PartitionSpec("data"))
-        batches = (jax.make_array_from_process_local_data(sharding, batch) for batch in batches)
-        self.batches = [batch if "moments" in batch else {**batch, **encoder(batch)} for batch in batches]
+        self.batches = [{**batch, **encoder(batch)} for batch in read_ahead(args, stream, range(len(rows)))]
 
-    def evaluate(self, step, params, mesh, log):
+    def evaluate(self, step, params, log):
         """Log the loss after `step` updates. Called by every process. Returns whether to keep a checkpoint for it."""
         losses = []
-        key = place(random_generator(2**64, 4).integers(2**32, size=2, dtype=np.uint32), mesh)
+        key = random_generator(2**64, 4).integers(2**32, size=2, dtype=np.uint32)
         for part, batch in itertools.product(range(1, 16, 2), self.batches):  # middles of eighths of the schedule
-            timesteps = place(np.full(self.size, self.num_train_timesteps * part // 16, np.int32), mesh)
+            timesteps = np.full(len(batch["positions"]), self.length * part // 16, np.int32)
             losses.append(self.losses(params, {}, {**batch, "timesteps": timesteps}, key))
         losses = np.concatenate(multihost_utils.process_allgather(losses, tiled=True), dtype=np.float64)
         losses = losses.reshape(4, 2, -1)[:, :, : self.number]  # without the padding
-        limits = itertools.pairwise(self.num_train_timesteps * part // 4 for part in range(5))
-        names = [f"validation_loss/t{first:03d}-{end - 1:03d}" for first, end in limits]
+        names = [f"validation_loss/t{self.length * k // 4:03d}-{self.length * (k + 1) // 4 - 1:03d}" for k in range(4)]
         loss = losses.mean().item()
         values = {"validation_loss": loss, **dict(zip(names, losses.mean((1, 2)).tolist(), strict=True))}
         log.write(values, step)
@@ -2196,7 +2180,6 @@ class UpdateLog:
         self.waits.clear()
 
     def write(self, values, step, walltime=None):
-        """Log {name: number} in the trackers."""
         for name, value in values.items() if self.tensorboard else ():
             self.tensorboard.add_scalar(name, value, step, walltime)
         if self.wandb:

@@ -292,6 +292,8 @@ def linear_loss(params, frozen, batch, key):
 
 
 def small_step(state, batches, step, transform):
+    """batches: of two micro-steps, as arrays (2, ...)."""
+    batches = [{name: array[k] for name, array in batches.items()} for k in range(2)]
     return script.train_step(state, None, batches, None, step, 0.01 / step, linear_loss, transform, arguments())
 
 
@@ -714,11 +716,16 @@ def test_bad_input_in_two_processes_is_said_by_both_and_ends_both(case, flags, t
         assert not flags["output_dir"].exists()
 
 
+def reading(batch_size, threads):
+    return SimpleNamespace(train_batch_size=batch_size, dataloader_num_workers=threads)
+
+
 def test_each_process_reads_its_own_share_and_together_they_read_the_whole(monkeypatch):
     """30 positions beyond 32 bits in micro-batches of 6."""
     positions = range(2**33 - 6, 2**33 + 24)
 
     def share(process, processes):
+        monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda sharding, batch: batch)
         monkeypatch.setattr(jax, "process_index", lambda: process)
         monkeypatch.setattr(jax, "process_count", lambda: processes)
         read = []
@@ -727,7 +734,8 @@ def test_each_process_reads_its_own_share_and_together_they_read_the_whole(monke
             read.append(row)
             return {"row": np.int64(row), "draw": rng.random()}
 
-        batches = list(script.read_ahead(script.ExampleStream(range(8), preprocess, 0), positions, 6, 2))
+        stream = script.ExampleStream(range(8), preprocess, 0)
+        batches = list(script.read_ahead(reading(6 // processes, 2), stream, positions))
         return read, batches
 
     (read, whole), (left_read, left), (right_read, right) = share(0, 1), share(0, 2), share(1, 2)
@@ -876,7 +884,7 @@ def test_pixels_captions_and_order_are_those_of_the_pytorch_script(parsed):
 
 def test_the_number_of_threads_changes_nothing(parsed):
     stream = script.ExampleStream(*rows_of(parsed)[:2], 7)
-    one, many = (list(script.read_ahead(stream, range(5, 20), 3, threads)) for threads in (None, 8))
+    one, many = (list(script.read_ahead(reading(3, threads), stream, range(5, 20))) for threads in (None, 8))
     assert len(one) == len(many) == 5
     for batch, other in zip(one, many, strict=True):
         assert batch.keys() == other.keys() == {"pixel_values", "input_ids", "positions"}
