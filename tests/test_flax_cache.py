@@ -335,6 +335,16 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out(flags):
     assert sum(files_in(flags).values()) == 7
 
 
+def test_an_image_without_a_name_is_named_by_its_row(flags, tmp_path):
+    content = (flags["train_data_dir"] / "0.png").read_bytes()
+    images = [{"bytes": each, "path": None} for each in (content, content, b"no picture")]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict({"image": images, "text": ["red dots"] * 3}, features)
+    rows.save_to_disk(tmp_path / "saved")
+    with pytest.raises(script.RunError, match="^image 2 cannot be read"):
+        train({**flags, "train_data_dir": None, "dataset_name": tmp_path / "saved"})
+
+
 # What travels to the devices ------------------------------------------------------------------------------------------
 
 
