@@ -440,27 +440,26 @@ COMPUTE_TYPES = {"no": jnp.float32, "fp16": jnp.float16, "bf16": jnp.bfloat16}
 FROZEN = ("vae", "text_encoder")
 
 
-def mean_gradient(params, frozen, batches, key, loss, scale):
+def mean_gradient(params, frozen, batches, key, losses, scale):
     """The mean loss and gradient over the micro-steps of an update; `scale` is fp16's loss scale. See `train_step`."""
-    loss_and_gradient = jax.value_and_grad(lambda params, batch: loss(params, frozen, batch, key) * scale)
-    micro_steps = len(jax.tree.leaves(batches)[0])
-    if micro_steps == 1:  # no loop: on a CPU, XLA compiles the body of one to much slower code
-        total = loss_and_gradient(params, {name: array[0] for name, array in batches.items()})
+    loss_and_gradient = jax.value_and_grad(lambda params, batch: losses(params, frozen, batch, key).mean() * scale)
+    if len(batches) == 1:  # no loop: on a CPU, XLA compiles the body of one to much slower code
+        total = loss_and_gradient(params, batches[0])
     else:
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
         add = lambda total, batch: (jax.tree.map(jnp.add, total, loss_and_gradient(params, batch)), None)  # noqa: E731
-        total, _ = jax.lax.scan(add, zeros, batches)
-    return jax.tree.map(lambda value: value / (scale * micro_steps), total)
+        total, _ = jax.lax.scan(add, zeros, jax.tree.map(lambda *arrays: jnp.stack(arrays), *batches))
+    return jax.tree.map(lambda value: value / (scale * len(batches)), total)
 
 
-def train_step(state, frozen, batches, key, step, learning_rate, loss, transform, args):
+def train_step(state, frozen, batches, key, step, learning_rate, losses, transform, args):
     """One update. Pure. Returns the new state and {name: value to log}.
 
-    state: of `make_train_state`; batches: arrays (micro-steps, rows, ...); step: from 1; loss: function of params,
-    frozen, batch, key. With fp16 an update of a gradient that is not finite is skipped (arXiv:1710.03740).
+    state: of `make_train_state`; batches: of the micro-steps, [dict of arrays]; step: from 1; losses: function of
+    params, frozen, batch, key. With fp16 an update of a gradient that is not finite is skipped (arXiv:1710.03740).
     """
     scale = state["loss_scale"]["scale"] if "loss_scale" in state else jnp.float32(1)
-    mean_loss, gradient = mean_gradient(state["params"], frozen, batches, key, loss, scale)
+    mean_loss, gradient = mean_gradient(state["params"], frozen, batches, key, losses, scale)
     norm = optax.tree.norm(gradient)
     gradient = jax.tree.map(lambda value: value * jnp.minimum(1, args.max_grad_norm / (norm + 1e-6)), gradient)
     updates, optimizer_state = transform.update(gradient, state["optimizer"], state["params"])
@@ -515,8 +514,7 @@ def prepare_rows(args, parts, tokenizer, models, weights):
     settings = [args.resolution, args.image_interpolation_mode, args.random_flip, dtype, rules, configs]
     encoder = make_encoder(args, models, weights)
     encode = functools.partial(encode_rows, args, tokenizer, encoder)
-    encoders = [weights[part] for part in FROZEN]
-    rows = [cached_encodings(args, dataset, settings, encoders, encode) for dataset in parts]
+    rows = [cached_encodings(args, dataset, settings, weights, encode) for dataset in parts]
     (empty_caption,) = encoder("input_ids", tokenize_captions([""], tokenizer).input_ids)
     return rows, functools.partial(preprocess_encoded, args, dtype, empty_caption)
 
@@ -579,8 +577,7 @@ def main(args):
     check_objective(prediction_type, alphas_cumprod)
 
     # Data, and the length of the run.
-    rows = args.train_batch_size * jax.device_count()
-    batch_size = rows * args.gradient_accumulation_steps
+    batch_size = args.train_batch_size * jax.device_count() * args.gradient_accumulation_steps
     parts, to_train, to_hold_out = load_data(args, ["image_column", "caption_column"], batch_size)
     examples_left = max(0, args.num_train_epochs * len(to_train) - examples_seen)
     last_step = max(first_step, args.max_train_steps or first_step + math.ceil(examples_left / batch_size))
@@ -610,7 +607,7 @@ def main(args):
     prepared, preprocess = prepare_rows(args, parts, tokenizer, models, weights)
     stream = ExampleStream(prepared[0].select(to_train), preprocess, args.seed)
     positions = range(examples_seen, examples_seen + (last_step - first_step) * batch_size)
-    micro_batches = read_ahead(stream, positions, rows, args.dataloader_num_workers)
+    micro_batches = read_ahead(args, stream, positions)
     on_first_process(save_frozen_parts, args, folder, index, tokenizer, models, weights)
     weights = weights if args.cache_encodings and args.validation_prompts else {}  # for the pictures
 
@@ -621,12 +618,9 @@ def main(args):
         alphas = jnp.asarray(alphas_cumprod)
         return training_losses(params, frozen, {**noise, **batch}, models, alphas, prediction_type, args)
 
-    def loss(params, frozen, batch, key):
-        return losses(params, frozen, batch, key, args).mean()
-
     encoder = functools.partial(jax.jit(functools.partial(encode, models=models, dtype=dtype)), frozen=frozen)
     held_out = HeldOut(args, prepared[-1].select(to_hold_out), preprocess, encoder, losses, len(alphas_cumprod), start)
-    update = functools.partial(train_step, loss=loss, transform=transform, args=args)
+    update = functools.partial(train_step, losses=functools.partial(losses, args=args), transform=transform, args=args)
     update = jax.jit(update, donate_argnums=0, out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())))
     sampler = make_sampler(models, scheduler_config, prediction_type, 20, dtype)
 
@@ -642,14 +636,11 @@ def main(args):
     log = UpdateLog(args, batch_size, start, last_step)
     checkpoints = CheckpointWriter(args)
     agreed = signal_agreement(mesh)
-    by_row = NamedSharding(mesh, PartitionSpec(None, "data"))  # of micro-batches (micro-steps, rows, ...)
     key = place(random_generator(args.seed, 4).integers(2**32, size=2, dtype=np.uint32), mesh)
     closing = contextlib.closing
     with closing(micro_batches), closing(log), closing(checkpoints), noted_signals() as noted:
         for step in range(first_step + 1, last_step + 1):
             batches = [log.next_batch(micro_batches) for _ in range(args.gradient_accumulation_steps)]
-            batches = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-            batches = jax.make_array_from_process_local_data(by_row, batches)
             scalars = (place(np.int32(step), mesh), place(rates[step - 1], mesh))
             train_state, metrics = update(train_state, frozen, batches, key, *scalars)
             log.add(step, metrics)
@@ -663,11 +654,10 @@ def main(args):
                 log.flush()
                 checkpoints.finish(wait=False)
             if held_out.batches and (due or step == last_step):
-                save = held_out.evaluate(step, train_state.get("ema", train_state["params"]), mesh, log) or save
+                save = held_out.evaluate(step, train_state.get("ema", train_state["params"]), log) or save
             if save:
-                state = {**run, "step": step, "examples_seen": examples_seen}
-                state |= {"recent_losses": log.recent, "validation": [*held_out.history]}
-                checkpoints.save(train_state, state)
+                state = {"step": step, "examples_seen": examples_seen, "recent_losses": log.recent}
+                checkpoints.save(train_state, {**run, **state, "validation": [*held_out.history]})
             if due and args.validation_prompts and step < last_step:
                 validate(step)
             if stop:
@@ -1221,16 +1211,6 @@ def published_name(name, part):
     return re.sub(r"(?<=attentions\.0\.)(query|key|value|proj_attn)\b", lambda found: VAE_ATTENTION[found[0]], name)
 
 
-def write_weights(model, weights, folder, flax_too):
-    """Write weights {name: array in the module's layout} as safetensors, and also as Flax's msgpack if `flax_too`."""
-    stem, flax_name = FILE_NAMES[folder.name]
-    arrays = {name: np.ascontiguousarray(to_checkpoint_layout(model.paths[name], weights[name])) for name in weights}
-    safetensors.numpy.save_file(arrays, folder / f"{stem}.safetensors", metadata={"format": "pt"})
-    if flax_too:
-        tree = traverse_util.unflatten_dict({flax_path_of(model.paths[name]): weights[name] for name in weights})
-        (folder / flax_name).write_bytes(serialization.msgpack_serialize(tree))
-
-
 # The fields of a configuration that say how a model is built, with the defaults of the libraries.
 FIELDS = {
     "unet": {
@@ -1362,12 +1342,17 @@ def save_frozen_parts(args, folder, index, tokenizer, models, weights):
 
 
 def save_model(args, source, model, weights):
-    """Write a model to its folder in output_dir, with its configuration from the folder `source`."""
+    """Write a model to its folder in output_dir: the configuration in `source`, and weights in the module's layout."""
     folder = Path(args.output_dir) / source.name
     folder.mkdir(exist_ok=True)
     config = (source / "config.json").read_bytes()
     (folder / "config.json").write_bytes(config.replace(b'"_class_name": "Flax', b'"_class_name": "'))
-    write_weights(model, weights, folder, args.save_flax_weights)
+    stem, flax_name = FILE_NAMES[source.name]
+    arrays = {name: np.ascontiguousarray(to_checkpoint_layout(model.paths[name], weights[name])) for name in weights}
+    safetensors.numpy.save_file(arrays, folder / f"{stem}.safetensors", metadata={"format": "pt"})
+    if args.save_flax_weights:
+        tree = traverse_util.unflatten_dict({flax_path_of(model.paths[name]): weights[name] for name in weights})
+        (folder / flax_name).write_bytes(serialization.msgpack_serialize(tree))
 
 
 def save_result(args, folder, unet_folder, index, model, params, prediction_type):
@@ -1576,29 +1561,30 @@ class ExampleStream:
             raise RunError(f"row {row}: {error}") from error
 
 
-def read_ahead(stream, positions, rows, threads):
-    """Yield this process's share of micro-batches of `rows` examples, dicts of arrays; threads read up to two each
-    ahead. "positions" are high and low halves, (n, 2) of uint32: JAX lacks 64 bits."""
+def read_ahead(args, stream, positions):
+    """Yield micro-batches of an `ExampleStream`, dicts of arrays sharded over all devices; the last one is full, too.
+    Threads read this process's share, up to two each ahead. "positions" are high and low halves, (n, 2) of uint32: JAX
+    lacks 64 bits."""
+    threads = args.dataloader_num_workers
     if not threads:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         threads = 1 if jax.default_backend() == "cpu" else min(16, cores)
-    own = rows // jax.process_count()
+    own = args.train_batch_size * jax.local_device_count()
 
     def read(first):
-        numbers = np.array(positions[first : first + own])
+        numbers = first + own * jax.process_index() + np.arange(own)
         examples = [stream[int(position)] for position in numbers]
         batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
         return {**batch, "positions": np.stack([numbers >> 32, numbers & 0xFFFFFFFF], axis=1).astype(np.uint32)}
 
+    sharding = NamedSharding(device_mesh(jax.devices()), PartitionSpec("data"))
     executor = ThreadPoolExecutor(threads)
-    waiting = []
+    submitted = (executor.submit(read, first) for first in positions[:: own * jax.process_count()])
+    waiting = list(itertools.islice(submitted, 2 * threads))
     try:
-        for first in range(jax.process_index() * own, len(positions), rows):
-            waiting.append(executor.submit(read, first))
-            if len(waiting) > 2 * threads:
-                yield waiting.pop(0).result()
         while waiting:
-            yield waiting.pop(0).result()
+            waiting += itertools.islice(submitted, 1)
+            yield jax.make_array_from_process_local_data(sharding, waiting.pop(0).result())
     finally:
         executor.shutdown(wait=False, cancel_futures=True)
 
@@ -1611,23 +1597,24 @@ def cached_encodings(args, dataset, settings, weights, encode):
     missing = on_first_process(lambda: [chunk for chunk in chunks if not os.path.exists(chunk[0])])
     own = missing[jax.process_index() :: jax.process_count()]
 
-    def encode_batch(rows):
+    def encode_batch(batch):
         if noted:
             sys.exit(128 + noted[0][0])
-        rows[args.image_column] = threads.map(read_image, rows[args.image_column])
+        rows = dataset[batch["row"]]
+        rows[args.image_column] = threads.starmap(read_image, zip(rows[args.image_column], batch["row"], strict=True))
         encodings = encode(rows)
         bar.update(len(encodings))
         return {"encodings": encodings}
 
     def encode_chunk(path, first, last):
         with naming(f"--cache_encodings: rows {first} to {last} cannot be encoded to {path}"):
-            chunk = dataset.select(range(first, last))
-            chunk.map(encode_batch, cache_file_name=path, new_fingerprint=Path(path).stem, **options)
+            numbers = datasets.Dataset.from_dict({"row": range(first, last)})
+            numbers.map(encode_batch, cache_file_name=path, new_fingerprint=Path(path).stem, **options)
         if noted:  # in the last batch
             sys.exit(128 + noted[0][0])
 
     options = {"batched": True, "batch_size": args.train_batch_size * jax.local_device_count()}
-    options |= {"remove_columns": dataset.column_names, "writer_batch_size": 100}
+    options |= {"remove_columns": "row", "writer_batch_size": 100}
     bar = progress_bar(sum(chunk[2] - chunk[1] for chunk in own), "image", desc="encoding", disable=not own)
     with noted_signals() as noted, ThreadPool() as threads, bar:
         for turn in range(math.ceil(len(missing) / jax.process_count())):
@@ -1644,7 +1631,7 @@ def cached_encodings(args, dataset, settings, weights, encode):
 def list_chunks(args, dataset, settings, weights):
     """[(file of encodings, its first row, the row after its last)]. Its path is a digest of all that determines it."""
     digest = hashlib.sha256(json.dumps(settings, default=str).encode())
-    for array in jax.tree.leaves(weights):
+    for array in jax.tree.leaves([weights[part] for part in FROZEN]):
         digest.update(array)
     folder = Path(args.cache_encodings) / digest.hexdigest()[:16]
     with naming(f"--cache_encodings {folder}"):
@@ -1926,12 +1913,10 @@ def noted_signals():
             os._exit(128 + signum)
 
     in_main_thread = threading.current_thread() is threading.main_thread()  # only it may set handlers
-    before = {signum: signal.signal(signum, note) for signum in STOP_SIGNALS if in_main_thread}
-    try:
+    with contextlib.ExitStack() as restore:
+        for signum in STOP_SIGNALS if in_main_thread else ():
+            restore.callback(signal.signal, signum, signal.signal(signum, note))  # which returns the handler before
         yield noted
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
 
 
 def signal_agreement(mesh):
@@ -1990,11 +1975,10 @@ def on_devices(weights, mesh, dtype):
     return jax.tree.map(lambda array: place(array.astype(dtype), mesh), weights)
 
 
-def spread(shape, mesh, shard):
-    """The `PartitionSpec` of a weight: whole on every device, or sharded along its longest side that divides."""
-    devices = mesh.devices.size
-    sides = [(size, -axis) for axis, size in enumerate(shape) if shard and size % devices == 0]
-    return PartitionSpec(*[None] * -max(sides)[1], "data") if sides else PartitionSpec()
+def sharding_of(weight, mesh, shard):
+    """The `NamedSharding` of a weight: whole on every device or, if `shard`, along its longest side that divides."""
+    sides = [(size, -axis) for axis, size in enumerate(weight.shape) if shard and size % mesh.devices.size == 0]
+    return NamedSharding(mesh, PartitionSpec(*[None] * -max(sides)[1], "data") if sides else PartitionSpec())
 
 
 def make_schedule(args, peak, last_step):
@@ -2020,12 +2004,12 @@ def make_optimizer_transform(args):
     return optax.chain(adam, optax.add_decayed_weights(args.adam_weight_decay))
 
 
-def initial_train_state(params, transform, averages, scales):
-    """Everything that an update changes, a tree of arrays; averages: with "ema"; scales: with fp16's "loss_scale"."""
+def initial_train_state(params, transform, flags):
+    """Everything that an update changes, a tree of arrays, in a run of these flags (dict)."""
     state = {"params": params, "optimizer": transform.init(params)}
-    if averages:
+    if flags["use_ema"]:
         state["ema"] = jax.tree.map(jnp.copy, params)
-    if scales:
+    if flags["mixed_precision"] == "fp16":
         state["loss_scale"] = jax.tree.map(jnp.asarray, INITIAL_LOSS_SCALE)
     return state
 
@@ -2033,20 +2017,14 @@ def initial_train_state(params, transform, averages, scales):
 def make_train_state(args, weights, transform, mesh, checkpoint, state):
     """The training state on the mesh, and its shardings: from a checkpoint with its `state`, or else from `weights`.
     What the checkpoint's run kept and this one does not is dropped; a loss scale that it lacks starts anew."""
-
-    def make(flags):
-        kept = {"averages": flags["use_ema"], "scales": flags["mixed_precision"] == "fp16"}
-        return functools.partial(initial_train_state, transform=transform, **kept)
-
-    def sharding_of(x):
-        return NamedSharding(mesh, spread(x.shape, mesh, args.shard_params))
-
-    shardings = jax.tree.map(sharding_of, jax.eval_shape(make(vars(args)), weights))
+    sharding = functools.partial(sharding_of, mesh=mesh, shard=args.shard_params)
+    make = functools.partial(initial_train_state, transform=transform, flags=vars(args))
+    shardings = jax.tree.map(sharding, jax.eval_shape(make, weights))
     if checkpoint is None:
         params = {name: place(array, mesh, shardings["params"][name].spec) for name, array in weights.items()}
-        return jax.jit(make(vars(args)), out_shardings=shardings)(params), shardings
-    saved = jax.eval_shape(make(state["arguments"]), weights)
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of(x)), saved)
+        return jax.jit(make, out_shardings=shardings)(params), shardings
+    saved = jax.eval_shape(functools.partial(make, flags=state["arguments"]), weights)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding(x)), saved)
     with naming(f"{checkpoint}: the checkpoint is damaged or of another model"), ocp.StandardCheckpointer() as reader:
         loaded = reader.restore(checkpoint.absolute() / "train_state", like)
     loaded = {"loss_scale": {name: place(value, mesh) for name, value in INITIAL_LOSS_SCALE.items()}, **loaded}
@@ -2103,32 +2081,25 @@ class HeldOut:
     """Held-out rows and the history of their loss: mean squared error, the same crops and noise whatever the flags."""
 
     def __init__(self, args, rows, preprocess, encoder, losses, num_train_timesteps, start):
-        off = ["random_flip", "proportion_empty_prompts", "snr_gamma", "noise_offset", "input_perturbation"]
-        plain = {**dict.fromkeys([*off, "dream_training"], 0), "center_crop": True}
-        self.args = argparse.Namespace(**{**vars(args), **plain})
+        off = ["random_flip", "proportion_empty_prompts", "noise_offset", "input_perturbation", "dream_training"]
+        self.args = argparse.Namespace(**vars(args) | dict.fromkeys([*off, "snr_gamma"], 0) | {"center_crop": True})
         self.losses = jax.jit(functools.partial(losses, args=self.args))
         self.number = len(rows)
-        self.num_train_timesteps = num_train_timesteps
+        self.length = num_train_timesteps
         self.history = start.get("validation", [])
         stream = ExampleStream(rows, functools.partial(preprocess.func, self.args, *preprocess.args[1:]), 2**64)
-        self.size = args.train_batch_size * jax.device_count()
-        padded = len(rows) + -len(rows) % self.size
-        batches = read_ahead(stream, range(padded), self.size, args.dataloader_num_workers)
-        sharding = NamedSharding(device_mesh(jax.devices()), PartitionSpec("data"))
-        batches = (jax.make_array_from_process_local_data(sharding, batch) for batch in batches)
-        self.batches = [batch if "moments" in batch else {**batch, **encoder(batch)} for batch in batches]
+        self.batches = [{**batch, **encoder(batch)} for batch in read_ahead(args, stream, range(len(rows)))]
 
-    def evaluate(self, step, params, mesh, log):
+    def evaluate(self, step, params, log):
         """Log the loss after `step` updates. Called by every process. Returns whether to keep a checkpoint for it."""
         losses = []
-        key = place(random_generator(2**64, 4).integers(2**32, size=2, dtype=np.uint32), mesh)
+        key = random_generator(2**64, 4).integers(2**32, size=2, dtype=np.uint32)
         for part, batch in itertools.product(range(1, 16, 2), self.batches):  # middles of eighths of the schedule
-            timesteps = place(np.full(self.size, self.num_train_timesteps * part // 16, np.int32), mesh)
+            timesteps = np.full(len(batch["positions"]), self.length * part // 16, np.int32)
             losses.append(self.losses(params, {}, {**batch, "timesteps": timesteps}, key))
         losses = np.concatenate(multihost_utils.process_allgather(losses, tiled=True), dtype=np.float64)
         losses = losses.reshape(4, 2, -1)[:, :, : self.number]  # without the padding
-        limits = itertools.pairwise(self.num_train_timesteps * part // 4 for part in range(5))
-        names = [f"validation_loss/t{first:03d}-{end - 1:03d}" for first, end in limits]
+        names = [f"validation_loss/t{self.length * k // 4:03d}-{self.length * (k + 1) // 4 - 1:03d}" for k in range(4)]
         loss = losses.mean().item()
         values = {"validation_loss": loss, **dict(zip(names, losses.mean((1, 2)).tolist(), strict=True))}
         log.write(values, step)
@@ -2210,7 +2181,6 @@ class UpdateLog:
         self.waits.clear()
 
     def write(self, values, step, walltime=None):
-        """Log {name: number} in the trackers."""
         for name, value in values.items() if self.tensorboard else ():
             self.tensorboard.add_scalar(name, value, step, walltime)
         if self.wandb:

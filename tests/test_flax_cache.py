@@ -84,7 +84,8 @@ def test_weights_are_those_of_a_run_without_the_cache(flags, tmp_path, monkeypat
     with jax.log_compiles():
         train({**flags, "output_dir": tmp_path / "first"})
     logging.getLogger("jax").removeHandler(handler)
-    assert compiled.count("encode") == 2  # for images and for captions, of which there are 17 in batches of 2
+    # For images, for captions, of which there are 17 in batches of 2, and for held-out rows, which are encoded.
+    assert compiled.count("encode") == 3
     files = files_in(flags)
     assert sum(files.values()) == 8
     vocabulary = load_models(flags["pretrained_model_name_or_path"])[0]["text_encoder"].config.vocab_size
@@ -141,7 +142,8 @@ def test_encodings_are_kept_in_the_type_to_compute_in(flags):
 
 def batches_read(flags, threads):
     """What 60 positions of a run become, in micro-batches of 3."""
-    return list(script.read_ahead(script.ExampleStream(*rows_of(flags), 0), range(60), 3, threads))
+    args = SimpleNamespace(train_batch_size=3, dataloader_num_workers=threads)
+    return list(script.read_ahead(args, script.ExampleStream(*rows_of(flags), 0), range(60)))
 
 
 def test_threads_read_the_encodings_that_one_reads(flags):
@@ -266,11 +268,13 @@ def test_chunks_have_a_thousand_rows_on_average_and_an_added_row_changes_one(fla
     args = script.parse_args(command_line(flags))
     dataset = script.load_rows(args, "train_data_dir", ["image_column", "caption_column"])
 
+    no_weights = dict.fromkeys(script.FROZEN, ())
+
     def chunks(rows):
         digests = [hashlib.sha256(str(row).encode()).digest() for row in rows]
         monkeypatch.setattr(script, "row_digests", lambda *_: digests)
         monkeypatch.setattr(type(dataset), "__len__", lambda _: len(digests))
-        return {path: last - first for path, first, last in script.list_chunks(args, dataset, [], [])}
+        return {path: last - first for path, first, last in script.list_chunks(args, dataset, [], no_weights)}
 
     before, after = chunks(range(30_000)), chunks([*range(12_345), -1, *range(12_345, 30_000)])
     assert 500 < 30_000 / len(before) < 2000
@@ -329,6 +333,16 @@ def test_an_image_that_cannot_be_read_is_named_or_left_out(flags):
         train(flags)
     train({**flags, "skip_bad_images": True})
     assert sum(files_in(flags).values()) == 7
+
+
+def test_an_image_without_a_name_is_named_by_its_row(flags, tmp_path):
+    content = (flags["train_data_dir"] / "0.png").read_bytes()
+    images = [{"bytes": each, "path": None} for each in (content, content, b"no picture")]
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    rows = datasets.Dataset.from_dict({"image": images, "text": ["red dots"] * 3}, features)
+    rows.save_to_disk(tmp_path / "saved")
+    with pytest.raises(script.RunError, match="^image 2 cannot be read"):
+        train({**flags, "train_data_dir": None, "dataset_name": tmp_path / "saved"})
 
 
 # What travels to the devices ------------------------------------------------------------------------------------------

@@ -34,10 +34,10 @@ from train_text_to_image_flax import (
     read_weights,
     result_index,
     save_frozen_parts,
+    save_model,
     save_result,
     to_checkpoint_layout,
     to_module_layout,
-    write_weights,
 )
 
 TORCH_CLASSES = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
@@ -595,7 +595,7 @@ def test_written_weights_are_read_and_load_in_pytorch(pipeline, loaded, part, tm
     original = published(torch_model, part)
     assert same_bits(in_module_layout(model, original), weights)
     folder = write_config(tmp_path / part, json.loads((pipeline[1] / part / "config.json").read_text()))
-    write_weights(model, weights, folder, False)
+    save_model(Namespace(output_dir=folder.parent, save_flax_weights=False), folder, model, weights)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", f"{STEMS[part]}.safetensors"]
     assert same_bits(read_weights(model, folder, None), weights)
     written = {name: tensor.numpy() for name, tensor in load_file(folder / f"{STEMS[part]}.safetensors").items()}
@@ -727,7 +727,7 @@ def test_a_wrong_shape_is_named(shape, pipeline_folder, tmp_path):
 def test_a_file_cut_short_is_named(form, length, pipeline_folder, tmp_path):
     folder = copy_part(pipeline_folder / "vae", tmp_path)
     model, weights = load(folder)
-    write_weights(model, weights, folder, True)
+    save_model(Namespace(output_dir=folder.parent, save_flax_weights=True), folder, model, weights)
     if form == "msgpack":
         (folder / f"{STEMS['vae']}.safetensors").unlink()
     file = folder / (FLAX_FILES["vae"] if form == "msgpack" else f"{STEMS['vae']}.safetensors")

@@ -121,11 +121,10 @@ def test_one_update_is_pytorch_s(both, batch, words):
     unet.zero_grad()
 
     transform = script.make_optimizer_transform(args)
-    state = script.initial_train_state(jax.tree.map(jnp.asarray, weights["unet"]), transform, False, False)
-    batches = {name: array[None] for name, array in batch.items()}
-    bound = {"loss": loss_in_jax, "transform": transform, "args": args}
+    state = script.initial_train_state(jax.tree.map(jnp.asarray, weights["unet"]), transform, vars(args))
+    bound = {"losses": loss_in_jax, "transform": transform, "args": args}
     step = jax.jit(functools.partial(script.train_step, **bound))
-    state, metrics = step(state, frozen, batches, None, 1, args.learning_rate)
+    state, metrics = step(state, frozen, [batch], None, 1, args.learning_rate)
     assert norm > args.max_grad_norm
     assert float(metrics["train_loss"]) == pytest.approx(loss.item(), rel=1e-5)
     assert float(metrics["grad_norm"]) == pytest.approx(norm.item(), rel=1e-5)

@@ -203,8 +203,9 @@ def test_from_a_folder_of_flax_to_one_that_pytorch_loads(flags, pipeline_folder,
     """As FlaxStableDiffusionPipeline wrote them: only .msgpack, Flax's class names, a checker that only Flax loads."""
     folder = shutil.copytree(pipeline_folder, tmp_path / "of_flax")
     models, weights = load_models(folder)
+    args = SimpleNamespace(output_dir=folder, save_flax_weights=True)
     for part, model in models.items():
-        script.write_weights(model, weights[part], folder / part, flax_too=True)
+        script.save_model(args, folder / part, model, weights[part])
         config = json.loads((folder / part / "config.json").read_text())
         names = {name: f"Flax{config[name]}" for name in ("_class_name",) if name in config}
         (folder / part / "config.json").write_text(json.dumps(config | names))
@@ -282,12 +283,17 @@ def arguments(**changes):
     return SimpleNamespace(**settings, adam_beta1=0.9, adam_beta2=0.99, adam_epsilon=1e-8, **changes)
 
 
+KEPT = {"use_ema": True, "mixed_precision": "no"}  # of a state of training
+
+
 def linear_loss(params, frozen, batch, key):
     """Its gradient is the batch."""
     return sum((params[name] * batch[name]).sum() for name in params)
 
 
 def small_step(state, batches, step, transform):
+    """batches: of two micro-steps, as arrays (2, ...)."""
+    batches = [{name: array[k] for name, array in batches.items()} for k in range(2)]
     return script.train_step(state, None, batches, None, step, 0.01 / step, linear_loss, transform, arguments())
 
 
@@ -296,7 +302,7 @@ def test_updates_are_those_of_adamw_in_pytorch():
     rng = np.random.default_rng(0)
     start = {"a": rng.standard_normal((3, 4), np.float32), "b": rng.standard_normal(5, np.float32)}
     transform = script.make_optimizer_transform(arguments())
-    state = script.initial_train_state(jax.tree.map(jnp.asarray, start), transform, averages=True, scales=False)
+    state = script.initial_train_state(jax.tree.map(jnp.asarray, start), transform, KEPT)
     theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
     optimizer = torch.optim.AdamW(theirs.values(), lr=1, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
     average = start
@@ -323,7 +329,7 @@ def test_the_decay_of_the_average_is_that_of_diffusers():
     transform, zeros = script.make_optimizer_transform(arguments()), {"a": np.zeros((2, 1), np.float32)}
     update = jax.jit(functools.partial(small_step, transform=transform))
     for step in (*range(1, 30), 1000, 10**5, 10**6):
-        state = script.initial_train_state({"a": jnp.zeros(1)}, transform, averages=True, scales=False)
+        state = script.initial_train_state({"a": jnp.zeros(1)}, transform, KEPT)
         state, _ = update({**state, "ema": {"a": jnp.ones(1)}}, zeros, step)
         assert float(state["ema"]["a"][0]) == pytest.approx(theirs.get_decay(step), abs=1e-6)
 
@@ -351,7 +357,7 @@ def test_schedules_are_those_of_diffusers(name, warmup):
 
 def test_an_update_whose_gradient_overflows_is_left_out():
     transform = script.make_optimizer_transform(arguments())
-    state = script.initial_train_state({"a": jnp.arange(3.0)}, transform, averages=False, scales=True)
+    state = script.initial_train_state({"a": jnp.arange(3.0)}, transform, {"use_ema": False, "mixed_precision": "fp16"})
     good = {"a": np.ones((2, 3), np.float32)}
     before, metrics = small_step(state, good, 1, transform)
     assert metrics["loss_scale"] == 2**16
@@ -710,11 +716,16 @@ def test_bad_input_in_two_processes_is_said_by_both_and_ends_both(case, flags, t
         assert not flags["output_dir"].exists()
 
 
+def reading(batch_size, threads):
+    return SimpleNamespace(train_batch_size=batch_size, dataloader_num_workers=threads)
+
+
 def test_each_process_reads_its_own_share_and_together_they_read_the_whole(monkeypatch):
     """30 positions beyond 32 bits in micro-batches of 6."""
     positions = range(2**33 - 6, 2**33 + 24)
 
     def share(process, processes):
+        monkeypatch.setattr(jax, "make_array_from_process_local_data", lambda sharding, batch: batch)
         monkeypatch.setattr(jax, "process_index", lambda: process)
         monkeypatch.setattr(jax, "process_count", lambda: processes)
         read = []
@@ -723,7 +734,8 @@ def test_each_process_reads_its_own_share_and_together_they_read_the_whole(monke
             read.append(row)
             return {"row": np.int64(row), "draw": rng.random()}
 
-        batches = list(script.read_ahead(script.ExampleStream(range(8), preprocess, 0), positions, 6, 2))
+        stream = script.ExampleStream(range(8), preprocess, 0)
+        batches = list(script.read_ahead(reading(6 // processes, 2), stream, positions))
         return read, batches
 
     (read, whole), (left_read, left), (right_read, right) = share(0, 1), share(0, 2), share(1, 2)
@@ -872,7 +884,7 @@ def test_pixels_captions_and_order_are_those_of_the_pytorch_script(parsed):
 
 def test_the_number_of_threads_changes_nothing(parsed):
     stream = script.ExampleStream(*rows_of(parsed)[:2], 7)
-    one, many = (list(script.read_ahead(stream, range(5, 20), 3, threads)) for threads in (None, 8))
+    one, many = (list(script.read_ahead(reading(3, threads), stream, range(5, 20))) for threads in (None, 8))
     assert len(one) == len(many) == 5
     for batch, other in zip(one, many, strict=True):
         assert batch.keys() == other.keys() == {"pixel_values", "input_ids", "positions"}
