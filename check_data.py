@@ -63,9 +63,9 @@ from tqdm.auto import tqdm
 # Of the training scripts ----------------------------------------------------------------------------------------------
 logger = logging.getLogger(__name__)
 logger.disabled = True  # the report says it
-PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks; twice as much is an error
+PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow's own limit, against decompression bombs, is 179 megapixels
 warnings.filterwarnings("ignore", module="PIL|accelerate|datasets|diffusers|huggingface_hub|peft|transformers")
-fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
+fsspec.get_filesystem_class("zip").cachable = True  # else the directory of an archive is read again for each image
 FOR_TESTS = r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)"  # folders and archives, of any case
 
 
@@ -121,7 +121,7 @@ def read_image(value, row="(unnamed)"):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        reason = str(error).partition(", could be")[0]  # Pillow goes on about attacks
+        reason = str(error).partition(", could be")[0]  # without Pillow's remark on decompression bombs
         raise RunError(f"image {value['path'] or row} cannot be read: {reason}") from error
 
 

@@ -149,40 +149,40 @@ def parse_args(input_args=None):
     add = parser.add_argument_group("checkpoints").add_argument
     add("--output_dir", default="sd-model-finetuned", help="folder for the pipeline, its checkpoints and logs")
     add("--checkpointing_steps", type=count, default=500, help="updates between checkpoints")
-    add("--checkpoints_total_limit", type=count, help="number of checkpoints to keep, the newest; default: all")
-    add("--keep_best", action="store_true", help="keep the checkpoint of the lowest validation loss besides the newest")
-    add("--resume_from_checkpoint", nargs="?", const="latest", help="resume from checkpoint-<step> or the latest")
+    add("--checkpoints_total_limit", type=count, help="keep this many checkpoints, the newest; default: all")
+    add("--keep_best", action="store_true", help="also save and keep the checkpoint of the lowest validation loss")
+    add("--resume_from_checkpoint", nargs="?", const="latest", help="resume from the newest checkpoint or a given one")
     add("--save_flax_weights", action="store_true", help="save the .msgpack files of FlaxStableDiffusionPipeline too")
 
     add = parser.add_argument_group("validation and logs").add_argument
-    add("--validation_prompts", nargs="+", help="prompts to generate pictures of, during training and at the end")
+    add("--validation_prompts", nargs="+", help="prompts to generate pictures of")
     add("--validation_epochs", type=count, default=5, help="epochs between validations")
     add("--validation_steps", type=count, help="updates between validations, instead of epochs")
     add("--validation_rows", type=natural, default=0, help="rows held out of training, to compute a validation loss")
     add("--validation_data_dir", help="folder of images with captions for the validation loss, instead of those rows")
-    add("--logging_steps", type=count, default=10, help="updates between writings of the log; it has every update")
+    add("--logging_steps", type=count, default=10, help="updates between writes to the log, which holds every update")
     add("--logging_dir", default="logs", help="folder of the TensorBoard logs, inside --output_dir")
     add("--report_to", default="tensorboard", choices=["none", "tensorboard", "wandb", "all"], help="tracker, or all")
     add("--tracker_project_name", default="text2image-fine-tune", help="name of the project in the tracker")
-    add("--generate", metavar="PROMPT", help="do not train: generate a picture of this prompt, and write a PNG")
+    add("--generate", metavar="PROMPT", help="do not train: write a PNG of this prompt, at --resolution")
 
     add = parser.add_argument_group("hub").add_argument
     add("--push_to_hub", action="store_true", help="upload the result; write access is checked before training")
     add("--hub_model_id", help="repository to upload to; default: the name of --output_dir, under your account")
     add("--hub_token", help="access token; better: `hf auth login`, which keeps it out of the shell's history")
 
-    words = sys.argv[1:] if input_args is None else input_args
-    home = os.path.expanduser("~")  # shells expand it only without =
-    args = parser.parse_args([word.replace("=~/", f"={home}/", 1) for word in words])
+    words = sys.argv[1:] if input_args is None else input_args  # after a = shells do not expand ~
+    args = parser.parse_args([word.replace("=~/", "=" + os.path.expanduser("~/"), 1) for word in words])
     if not (args.dataset_name or args.train_data_dir) and args.generate is None:
         parser.error("give a data set: --dataset_name (Hub id or folder) or --train_data_dir (folder of images)")
     if args.cache_encodings and not args.center_crop:
         parser.error("argument --cache_encodings: random crops cannot be cached; add --center_crop")
     if args.cache_encodings and Path(args.cache_encodings).resolve().is_relative_to(Path(args.output_dir).resolve()):
         parser.error("argument --cache_encodings: must not be inside --output_dir, which is uploaded as a whole")
-    held_out = bool(args.validation_rows) + bool(args.validation_data_dir)
-    if held_out > 1 or args.keep_best > held_out:
-        parser.error("arguments --validation_rows, --validation_data_dir: give one of them; --keep_best needs one")
+    if args.validation_rows and args.validation_data_dir:
+        parser.error("arguments --validation_rows and --validation_data_dir: give one of them")
+    if args.keep_best and not (args.validation_rows or args.validation_data_dir):
+        parser.error("argument --keep_best: needs --validation_rows or --validation_data_dir")
     if os.path.normpath(os.path.join("logs", args.tracker_project_name)).split(os.sep)[0] != "logs":
         parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the folder of logs")
     if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # else connection errors print it
@@ -192,6 +192,7 @@ def parse_args(input_args=None):
 
 # Before the imports below, which take seconds: --help and a wrong flag are answered at once.
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"\nstopped\n") and os._exit(130))  # until the run can resume
     command_line = parse_args()
 
 import datasets
@@ -648,16 +649,16 @@ def main(args):
 
             stop = agreed(noted) if step < last_step else 0
             save = stop or step % args.checkpointing_steps == 0
-            due = (args.validation_prompts or held_out.batches) and not stop
-            due = due and examples_seen // validation_period > (examples_seen - batch_size) // validation_period
+            period_ends = examples_seen // validation_period > (examples_seen - batch_size) // validation_period
+            due = period_ends and not stop and (args.validation_prompts or held_out.batches)
             if save or due or step % args.logging_steps == 0 or step in (first_step + 1, last_step):
                 log.flush()
                 checkpoints.finish(wait=False)
             if held_out.batches and (due or step == last_step):
                 save = held_out.evaluate(step, train_state.get("ema", train_state["params"]), log) or save
             if save:
-                state = {"step": step, "examples_seen": examples_seen, "recent_losses": log.recent}
-                checkpoints.save(train_state, {**run, **state, "validation": [*held_out.history]})
+                state = {**run, "step": step, "examples_seen": examples_seen, "recent_losses": log.recent}
+                checkpoints.save(train_state, {**state, "validation": [*held_out.history], "best": held_out.best})
             if due and args.validation_prompts and step < last_step:
                 validate(step)
             if stop:
@@ -1373,9 +1374,9 @@ def save_result(args, folder, unet_folder, index, model, params, prediction_type
 # ----------------------------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
-PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow takes images of 179 megapixels for attacks; twice as much is an error
+PIL.Image.MAX_IMAGE_PIXELS = 2**30  # Pillow's own limit, against decompression bombs, is 179 megapixels
 warnings.filterwarnings("ignore", module="PIL|accelerate|datasets|diffusers|huggingface_hub|peft|transformers")
-fsspec.get_filesystem_class("zip").cachable = True  # else each image costs the whole table of contents of its archive
+fsspec.get_filesystem_class("zip").cachable = True  # else the directory of an archive is read again for each image
 FOR_TESTS = r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)"  # folders and archives, of any case
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
@@ -1408,7 +1409,7 @@ def naming(what):
 
 # Data sets and the stream of examples ---------------------------------------------------------------------------------
 def load_data(args, flags, batch_size):
-    """[data set, maybe another for validation], rows of the first to train on, held-out rows of the last."""
+    """[data set, maybe another for validation], rows of the first to train on, held-out rows of the last: indices."""
     sources = ["dataset_name" if args.dataset_name else "train_data_dir", "validation_data_dir"]
     parts = [load_rows(args, source, flags) for source in sources if getattr(args, source)]
     if args.max_train_samples:
@@ -1418,6 +1419,9 @@ def load_data(args, flags, batch_size):
     held_out, to_train = np.split(random_generator(args.seed, 5).permutation(len(parts[0])), [args.validation_rows])
     if args.validation_rows and len(to_train) < batch_size:
         raise RunError(f"--validation_rows {args.validation_rows}: of {len(parts[0])}, leaves no batch of {batch_size}")
+    both = set.intersection(*(set(part.data.column(args.image_column).flatten()[1].to_pylist()) for part in parts))
+    if args.validation_data_dir and any(os.path.isabs((path or "").rpartition("::")[2]) for path in both):
+        raise RunError(f"--validation_data_dir {args.validation_data_dir}: holds images to train on")
     return parts, np.sort(to_train), range(len(parts[1])) if args.validation_data_dir else held_out
 
 
@@ -1426,15 +1430,15 @@ def load_rows(args, source_flag, flags):
     source = getattr(args, source_flag)
     columns = [getattr(args, flag) for flag in flags]
     is_folder = source_flag != "dataset_name"
-    if is_folder and not Path(source).is_dir():
-        raise RunError(f"--{source_flag} {source}: there is no such folder")
+    if is_folder and not any(Path(source).glob("*")):
+        raise RunError(f"--{source_flag} {source}: there is no such folder, or it is empty")
     with naming(f"--{source_flag} {source}"):
         if any(Path(source, name).is_file() for name in ("state.json", "dataset_dict.json")):
             dataset = datasets.load_from_disk(source)
         else:
-            on_hub = {"path": source, "name": args.dataset_config_name, "data_dir": args.train_data_dir}
+            hub = {"path": source, "name": args.dataset_config_name, "data_dir": args.train_data_dir, "split": "train"}
             in_folder = {"path": "imagefolder", "data_files": {"train": os.path.join(glob.escape(source), "**")}}
-            dataset = datasets.load_dataset(cache_dir=args.cache_dir, **(in_folder if is_folder else on_hub))
+            dataset = datasets.load_dataset(cache_dir=args.cache_dir, **(in_folder if is_folder else hub))
         dataset = dataset["train"] if isinstance(dataset, dict) else dataset
     found = dataset.column_names
     for flag, column in zip(flags, columns, strict=True):
@@ -1496,7 +1500,7 @@ def read_caption(path):
 
 
 def readable_rows(args, dataset):
-    """The numbers of the rows to train on. Reads the first 1,000 images; --skip_bad_images: all. Raises RunError."""
+    """The indices of the rows to use. Reads the first 1,000 images; with --skip_bad_images all. Raises RunError."""
 
     def problem(row):
         try:
@@ -1529,7 +1533,7 @@ def read_image(value, row="(unnamed)"):
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError, struct.error and others for bad files
-        reason = str(error).partition(", could be")[0]  # Pillow goes on about attacks
+        reason = str(error).partition(", could be")[0]  # without Pillow's remark on decompression bombs
         raise RunError(f"image {value['path'] or row} cannot be read: {reason}") from error
 
 
@@ -1607,7 +1611,7 @@ def cached_encodings(args, dataset, settings, weights, encode):
         return {"encodings": encodings}
 
     def encode_chunk(path, first, last):
-        with naming(f"--cache_encodings: rows {first} to {last} cannot be encoded to {path}"):
+        with naming(f"--cache_encodings: rows {first} to {last - 1} cannot be encoded to {path}"):
             numbers = datasets.Dataset.from_dict({"row": range(first, last)})
             numbers.map(encode_batch, cache_file_name=path, new_fingerprint=Path(path).stem, **options)
         if noted:  # in the last batch
@@ -1651,14 +1655,13 @@ def row_digests(args, dataset):
     """A digest (bytes) per row, which changes with its image or captions, and not if the data's folder moves."""
     if dataset[0][args.image_column]["bytes"] is not None:  # images inside the data set's own files
         return [dataset._fingerprint.encode() + row.to_bytes(8) for row in range(len(dataset))]
-    data_folder = os.path.abspath(args.train_data_dir or args.dataset_name)
 
     def row_digest(image, *captions):
         name, _, path = image["path"].rpartition("::")  # in an archive
         with open(path, "rb") as file:
             stat = os.fstat(file.fileno())
             ends = [file.read(4096), file.seek(max(0, stat.st_size - 4096)), file.read(4096)]
-        facts = [name + os.path.relpath(path, data_folder), stat.st_size, stat.st_mtime_ns, captions, ends]
+        facts = [name or os.path.basename(path), stat.st_size, stat.st_mtime_ns, captions, ends]
         return hashlib.sha256(repr(facts).encode()).digest()
 
     with ThreadPool(16) as threads:  # to hide the latency of a network disk
@@ -1716,7 +1719,7 @@ def find_start(args):
 
 def check_flags(args, checkpoint, before, now):
     """Log the flags that have changed since a checkpoint. Raises RunError if one of them cannot. before, now: dicts."""
-    names = [name for name in sorted({*before, *now}) if before.get(name) != now.get(name)]
+    names = [name for name in sorted({*before, *now} - {"resume_from_checkpoint"}) if before.get(name) != now.get(name)]
     changes = {name: f"--{name} {now.get(name)} (was {before.get(name)})" for name in names}
     logger.info(f"resuming from {checkpoint}; changed: {', '.join(changes.values()) or 'nothing'}")
     fixed = ["rank", "lora_alpha", "lora_target_modules", "use_8bit_adam"] + (["use_ema"] if args.use_ema else [])
@@ -1740,9 +1743,9 @@ def read_checkpoint(checkpoint):
 def check_resume(args, checkpoint, before, run):
     """Warn of what the result depends on and is not as in the checkpoint's state `before`. Raises RunError."""
     for key in (key for key in run if before[key] != run[key]):
-        was = f"{checkpoint} was made with another {key.replace('_', ' ')} ({before[key]}, now {run[key]})"
+        was = f"{key.replace('_', ' ')} was {before[key]} at {checkpoint} and is {run[key]}"
         if args.validation_rows and key in ("seed", "rows"):
-            raise RunError(f"{was}; --validation_rows would hold out rows that it was trained on")
+            raise RunError(f"{was}; --validation_rows would hold out rows that were trained on")
         logger.warning(f"{was}; the result will differ from that of an uninterrupted run")
 
 
@@ -1784,9 +1787,8 @@ class CheckpointWriter:
             self.checkpointer.wait_until_finished()
             if jax.process_index() == 0:
                 flush_to_disk(self.path.parent)
-                kept = [entry["step"] for entry in self.state["validation"] if entry["best"]][-1:]
                 older = list_checkpoints(self.path.parent)[: -(self.args.checkpoints_total_limit or sys.maxsize)]
-                for path in (path for step, path in older if step not in kept):
+                for path in (path for step, path in older if step != self.state["best"].get("step")):
                     shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))  # a crash leaves no half of one
         logger.info(f"saved {self.path}")
         self.path = None
@@ -1800,7 +1802,7 @@ class CheckpointWriter:
 
 
 def flush_to_disk(*paths):
-    """Wait until files, and the names in folders, are on disk. Files get the mode of the umask, also safetensors."""
+    """Flush files and folders to disk. Files get the umask's permissions: safetensors creates them as 0600."""
     umask = os.umask(0)
     os.umask(umask)
     for path in paths:
@@ -1816,12 +1818,14 @@ def check_output_dir(args, *models):
     """Raise RunError if --output_dir is not writable, or if the run would overwrite the user's files there."""
     folder = Path(args.output_dir).resolve()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    data = [Path(path) for path in (args.train_data_dir, args.validation_data_dir, args.dataset_name) if path]
     problems = {
+        "is not given": not args.output_dir,
         "is the model to start from": folder in [Path(model).resolve() for model in models],
-        "holds the training images": Path(args.train_data_dir or "/").resolve().is_relative_to(folder),
+        "holds the training images": any(path.exists() and path.resolve().is_relative_to(folder) for path in data),
         "has a README.md of something else": (folder / "README.md").exists() > (folder / "model_index.json").exists(),
         "--logging_dir is a file": (folder / args.logging_dir).is_file(),
-        f"no permission to write to {existing}": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
+        f"{existing} cannot be written to": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
     }
     if found := [problem for problem, is_so in problems.items() if is_so]:
         raise RunError(f"--output_dir {args.output_dir}: {found[0]}; name another folder")
@@ -1904,7 +1908,7 @@ def on_first_process(function, *arguments):
 
 @contextlib.contextmanager
 def noted_signals():
-    """Within the block, stop signals are only noted, as (signal, time). One after more than a second exits at once."""
+    """Within the block, stop signals are only recorded: (signal, time). One after more than a second exits at once."""
     noted = []
 
     def note(signum, _):
@@ -2072,7 +2076,7 @@ def log_plan(args, run, first_step, last_step, validation_period):
 def log_result(args, code, loss):
     """Log where everything is, and `code`: Python that generates a picture with the result. loss: of `HeldOut`."""
     names = [name for name in ("README.md", "validation", args.logging_dir) if Path(args.output_dir, name).exists()]
-    names.append(f"{len(list_checkpoints(args.output_dir))} checkpoints")
+    names.append(f"checkpoints ({len(list_checkpoints(args.output_dir))})")
     logger.info(f"saved the result in {args.output_dir}; there too: {', '.join(names)}{loss}")
     tqdm.write(f"Generate a picture with it:\n\n{code}", file=sys.stderr)
 
@@ -2084,42 +2088,44 @@ class HeldOut:
         off = ["random_flip", "proportion_empty_prompts", "noise_offset", "input_perturbation", "dream_training"]
         self.args = argparse.Namespace(**vars(args) | dict.fromkeys([*off, "snr_gamma"], 0) | {"center_crop": True})
         self.losses = jax.jit(functools.partial(losses, args=self.args))
-        self.number = len(rows)
-        self.length = num_train_timesteps
+        self.rows = rows
+        self.length = num_train_timesteps  # of the noise schedule
         self.history = start.get("validation", [])
-        stream = ExampleStream(rows, functools.partial(preprocess.func, self.args, *preprocess.args[1:]), 2**64)
+        self.best = start.get("best", {})  # entry of the history
+        stream = ExampleStream(rows, functools.partial(preprocess.func, self.args, *preprocess.args[1:]), seed=2**64)
         self.batches = [{**batch, **encoder(batch)} for batch in read_ahead(args, stream, range(len(rows)))]
 
     def evaluate(self, step, params, log):
-        """Log the loss after `step` updates. Called by every process. Returns whether to keep a checkpoint for it."""
+        """Log the loss after `step` updates. Called by every process. Returns whether --keep_best is to save for it."""
         losses = []
         key = random_generator(2**64, 4).integers(2**32, size=2, dtype=np.uint32)
         for part, batch in itertools.product(range(1, 16, 2), self.batches):  # middles of eighths of the schedule
             timesteps = np.full(len(batch["positions"]), self.length * part // 16, np.int32)
             losses.append(self.losses(params, {}, {**batch, "timesteps": timesteps}, key))
         losses = np.concatenate(multihost_utils.process_allgather(losses, tiled=True), dtype=np.float64)
-        losses = losses.reshape(4, 2, -1)[:, :, : self.number]  # without the padding
+        losses = losses.reshape(4, 2, -1)[:, :, : len(self.rows)]  # without the padding
         names = [f"validation_loss/t{self.length * k // 4:03d}-{self.length * (k + 1) // 4 - 1:03d}" for k in range(4)]
         loss = losses.mean().item()
         values = {"validation_loss": loss, **dict(zip(names, losses.mean((1, 2)).tolist(), strict=True))}
         log.write(values, step)
         log.bar.set_description_str(f"validation loss {loss:.4f}", refresh=False)
         logger.info(f"step {step}: validation loss {loss:.4f}")
-        best = self.args.keep_best and all(loss < entry["validation_loss"] for entry in self.history if entry["best"])
-        self.history.append({"step": step, "train_loss": float(np.mean(log.recent)), **values, "best": best})
+        self.history.append({"step": step, "train_loss": float(np.mean(log.recent)), **values})
+        is_best = self.args.keep_best and loss < self.best.get("validation_loss", math.inf)
+        self.best = self.history[-1] if is_best else self.best
         path = Path(self.args.output_dir) / "validation" / "loss.png"
         if jax.process_index() == 0 and importlib.util.find_spec("matplotlib"):
-            with naming(f"{path} cannot be written"):
-                path.parent.mkdir(exist_ok=True)
-                axes = importlib.import_module("matplotlib.figure").Figure().subplots()
-                losses = datasets.Dataset.from_list(self.history).to_pandas()
-                losses.plot("step", ["train_loss", "validation_loss"], ax=axes, style=".-").figure.savefig(path)
-        return best
+            path.parent.mkdir(exist_ok=True)
+            axes = importlib.import_module("matplotlib.figure").Figure().subplots()
+            table = datasets.Dataset.from_list(self.history).to_pandas()
+            table.plot("step", ["train_loss", "validation_loss"], ax=axes, style=".-").figure.savefig(path)
+        return is_best
 
     def summary(self):
         """The checkpoint that is kept for its loss, as the end of a sentence."""
-        best = [entry for entry in self.history if entry["best"]][-1:]
-        return "".join(f"; lowest validation loss {e['validation_loss']:.4f}: checkpoint-{e['step']}" for e in best)
+        if not Path(self.args.output_dir, f"checkpoint-{self.best.get('step')}").exists():
+            return ""
+        return f"; lowest validation loss {self.best['validation_loss']:.4f}: checkpoint-{self.best['step']}"
 
 
 class UpdateLog:
@@ -2197,7 +2203,7 @@ class UpdateLog:
 def recorded_arguments(args, seed):
     """The flags that have a value, and the seed: plain values for trackers and files, never the access token."""
     values = {**vars(args), "seed": seed, "hub_token": None}
-    return {k: json.dumps(v) if isinstance(v, list) else v for k, v in sorted(values.items()) if v is not None}
+    return {k: as_json(v) if isinstance(v, list) else v for k, v in sorted(values.items()) if v is not None}
 
 
 def as_json(value, indent=None):
@@ -2264,20 +2270,18 @@ def out_of_memory(args):
     less = [f"--{flag}" for flag in less if getattr(args, flag, True) in (None, False, "no")] + ["a lower --resolution"]
     if args.train_batch_size > 1:
         less.insert(0, "smaller batches, with more --gradient_accumulation_steps")
-    return f"out of memory while {task}, with {size}; less need, cheapest first: {', '.join(less)}"
+    return f"out of memory while {task}, with {size}; these need less, cheapest first: {', '.join(less)}"
 
 
 if __name__ == "__main__":
     try:
         main(command_line)
-    except (RunError, MemoryError, jax.errors.JaxRuntimeError) as error:  # of JAX: no memory, another process is gone
+    except (RunError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:  # of JAX: memory, a lost process
         of_disk = "cannot be written" in str(error)  # that has the same code
         lacking = isinstance(error, MemoryError) or ("RESOURCE_EXHAUSTED" in str(error) and not of_disk)
         line = out_of_memory(command_line) if lacking else str(error).strip().splitlines()[0]
         tqdm.write(f"error: {printable(line)}", file=sys.stderr)
         end_process(1)
-    except KeyboardInterrupt:
-        end_process(130)
     except Exception:  # unforeseen
         traceback.print_exc()
         end_process(1)

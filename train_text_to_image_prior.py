@@ -191,6 +191,7 @@ def parse_args(input_args=None):
 
 # Before the imports below, which take seconds: --help and a wrong flag are answered at once.
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"\nstopped\n") and os._exit(130))  # until the run can resume
     command_line = parse_args()
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it recommends a package
@@ -609,8 +610,8 @@ def load_rows(args, source_flag, flags):
     source = getattr(args, source_flag)
     columns = [getattr(args, flag) for flag in flags]
     is_folder = source_flag != "dataset_name"
-    if is_folder and not Path(source).is_dir():
-        raise RunError(f"--{source_flag} {source}: there is no such folder")
+    if is_folder and not any(Path(source).glob("*")):
+        raise RunError(f"--{source_flag} {source}: there is no such folder, or it is empty")
     with naming(f"--{source_flag} {source}"):
         if any(Path(source, name).is_file() for name in ("state.json", "dataset_dict.json")):
             dataset = datasets.load_from_disk(source)
@@ -998,19 +999,20 @@ def check_folders(args):
             found = {file.stem.partition(".")[2] for file in part.parent.glob("*.safetensors")}  # "" without a variant
             if (getattr(args, "variant", None) or "") not in found and (found or any(part.parent.glob("*.bin"))):
                 convert = "if you trust them: DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)"
-                way = "give --variant" if "variant" in args else "the whole weights are needed"
-                hint = f"variant {min(found)}; {way}" if found else f"pickles, no safetensors; {convert}"
+                way = "change --variant" if "variant" in args else "the whole weights are needed"
+                hint = f"variant {min(found) or '(none)'}; {way}" if found else f"pickles, no safetensors; {convert}"
                 raise RunError(f"--{flag} {path}: {part.parent.name}/ has only {hint}")
     folder = Path(args.output_dir).resolve()
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     data = [Path(path) for path in (args.train_data_dir, args.validation_data_dir, args.dataset_name) if path]
     of_a_run = any((folder / name).exists() for name in ("model_index.json", ADAPTER))
     problems = {
+        "is not given": not args.output_dir,
         "is the model to start from": folder in [Path(model).resolve() for model in models.values()],
         "holds the training images": any(path.exists() and path.resolve().is_relative_to(folder) for path in data),
         "has a README.md of something else": (folder / "README.md").exists() > of_a_run,
         "--logging_dir is a file": (folder / args.logging_dir).is_file(),
-        f"no permission to write to {existing}": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
+        f"{existing} cannot be written to": not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)),
     }
     if found := [problem for problem, is_so in problems.items() if is_so]:
         raise RunError(f"--output_dir {args.output_dir}: {found[0]}; name another folder")
@@ -1374,7 +1376,7 @@ class UpdateLog:
 def recorded_arguments(args, seed):
     """The flags that have a value, and the seed: plain values for trackers and files, never the access token."""
     values = {**vars(args), "seed": seed, "hub_token": None}
-    return {k: json.dumps(v) if isinstance(v, list) else v for k, v in sorted(values.items()) if v is not None}
+    return {k: as_json(v) if isinstance(v, list) else v for k, v in sorted(values.items()) if v is not None}
 
 
 def as_json(value, indent=None):

@@ -230,7 +230,8 @@ def test_refusals(common, images, tmp_path):
     assert said.startswith("--caption_column text: no such column in ")
     assert str(folder) in said
     assert (
-        refused({**flags, "validation_data_dir": "nowhere"}) == "--validation_data_dir nowhere: there is no such folder"
+        refused({**flags, "validation_data_dir": "nowhere"})
+        == "--validation_data_dir nowhere: there is no such folder, or it is empty"
     )
     assert not (tmp_path / "output").exists()
 
