@@ -179,10 +179,9 @@ def parse_args(input_args=None):
         parser.error("argument --cache_encodings: random crops cannot be cached; add --center_crop")
     if args.cache_encodings and Path(args.cache_encodings).resolve().is_relative_to(Path(args.output_dir).resolve()):
         parser.error("argument --cache_encodings: must not be inside --output_dir, which is uploaded as a whole")
-    if args.validation_rows and args.validation_data_dir:
-        parser.error("arguments --validation_rows and --validation_data_dir: give one of them")
-    if args.keep_best and not (args.validation_rows or args.validation_data_dir):
-        parser.error("argument --keep_best: needs --validation_rows or --validation_data_dir")
+    held_out = (args.validation_rows, args.validation_data_dir)
+    if all(held_out) or (args.keep_best and not any(held_out)):
+        parser.error("arguments --validation_rows, --validation_data_dir: give one of them; --keep_best needs one")
     if os.path.normpath(os.path.join("logs", args.tracker_project_name)).split(os.sep)[0] != "logs":
         parser.error(f"argument --tracker_project_name: {args.tracker_project_name} leads out of the folder of logs")
     if args.hub_token and not re.fullmatch("[!-~]+", args.hub_token):  # else connection errors print it
@@ -1788,7 +1787,7 @@ class CheckpointWriter:
             if jax.process_index() == 0:
                 flush_to_disk(self.path.parent)
                 older = list_checkpoints(self.path.parent)[: -(self.args.checkpoints_total_limit or sys.maxsize)]
-                for path in (path for step, path in older if step != self.state["best"].get("step")):
+                for path in (path for step, path in older if step not in [e["step"] for e in self.state["best"]]):
                     shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))  # a crash leaves no half of one
         logger.info(f"saved {self.path}")
         self.path = None
@@ -2087,23 +2086,22 @@ class HeldOut:
     def __init__(self, args, rows, preprocess, encoder, losses, num_train_timesteps, start):
         off = ["random_flip", "proportion_empty_prompts", "noise_offset", "input_perturbation", "dream_training"]
         self.args = argparse.Namespace(**vars(args) | dict.fromkeys([*off, "snr_gamma"], 0) | {"center_crop": True})
-        self.losses = jax.jit(functools.partial(losses, args=self.args))
-        self.rows = rows
+        self.losses = jax.jit(functools.partial(losses, key=np.zeros(2, np.uint32), args=self.args))
         self.length = num_train_timesteps  # of the noise schedule
-        self.history = start.get("validation", [])
-        self.best = start.get("best", {})  # entry of the history
-        stream = ExampleStream(rows, functools.partial(preprocess.func, self.args, *preprocess.args[1:]), seed=2**64)
-        self.batches = [{**batch, **encoder(batch)} for batch in read_ahead(args, stream, range(len(rows)))]
+        self.history = start.get("validation", [])  # and [its best entry], [] unless that checkpoint is here:
+        self.best = [e for e in start.get("best", []) if Path(args.output_dir, f"checkpoint-{e['step']}").exists()]
+        preprocess = functools.partial(preprocess.func, self.args, *preprocess.args[1:])
+        self.stream = ExampleStream(rows, preprocess, seed=2**64)
+        self.batches = [{**batch, **encoder(batch)} for batch in read_ahead(args, self.stream, range(len(rows)))]
 
     def evaluate(self, step, params, log):
         """Log the loss after `step` updates. Called by every process. Returns whether --keep_best is to save for it."""
         losses = []
-        key = random_generator(2**64, 4).integers(2**32, size=2, dtype=np.uint32)
         for part, batch in itertools.product(range(1, 16, 2), self.batches):  # middles of eighths of the schedule
             timesteps = np.full(len(batch["positions"]), self.length * part // 16, np.int32)
-            losses.append(self.losses(params, {}, {**batch, "timesteps": timesteps}, key))
+            losses.append(self.losses(params, {}, {**batch, "timesteps": timesteps}))
         losses = np.concatenate(multihost_utils.process_allgather(losses, tiled=True), dtype=np.float64)
-        losses = losses.reshape(4, 2, -1)[:, :, : len(self.rows)]  # without the padding
+        losses = losses.reshape(4, 2, -1)[:, :, : len(self.stream.rows)]  # without padding
         names = [f"validation_loss/t{self.length * k // 4:03d}-{self.length * (k + 1) // 4 - 1:03d}" for k in range(4)]
         loss = losses.mean().item()
         values = {"validation_loss": loss, **dict(zip(names, losses.mean((1, 2)).tolist(), strict=True))}
@@ -2111,8 +2109,8 @@ class HeldOut:
         log.bar.set_description_str(f"validation loss {loss:.4f}", refresh=False)
         logger.info(f"step {step}: validation loss {loss:.4f}")
         self.history.append({"step": step, "train_loss": float(np.mean(log.recent)), **values})
-        is_best = self.args.keep_best and loss < self.best.get("validation_loss", math.inf)
-        self.best = self.history[-1] if is_best else self.best
+        is_best = self.args.keep_best and loss < min([math.inf, *(entry["validation_loss"] for entry in self.best)])
+        self.best = self.history[-1:] if is_best else self.best
         path = Path(self.args.output_dir) / "validation" / "loss.png"
         if jax.process_index() == 0 and importlib.util.find_spec("matplotlib"):
             path.parent.mkdir(exist_ok=True)
@@ -2123,9 +2121,7 @@ class HeldOut:
 
     def summary(self):
         """The checkpoint that is kept for its loss, as the end of a sentence."""
-        if not Path(self.args.output_dir, f"checkpoint-{self.best.get('step')}").exists():
-            return ""
-        return f"; lowest validation loss {self.best['validation_loss']:.4f}: checkpoint-{self.best['step']}"
+        return "".join(f"; best validation loss {e['validation_loss']:.4f}: checkpoint-{e['step']}" for e in self.best)
 
 
 class UpdateLog:

@@ -197,14 +197,11 @@ def parse_args(input_args=None):
         parser.error("argument --cache_encodings: must not be inside --output_dir, which is uploaded as a whole")
     if (args.lora_alpha or args.lora_target_modules) and not args.rank:
         parser.error("arguments --lora_alpha and --lora_target_modules: need --rank")
-    if args.validation_rows and args.validation_data_dir:
-        parser.error("arguments --validation_rows and --validation_data_dir: give one of them")
-    if args.keep_best and not (args.validation_rows or args.validation_data_dir):
-        parser.error("argument --keep_best: needs --validation_rows or --validation_data_dir")
+    held_out = (args.validation_rows, args.validation_data_dir)
+    if all(held_out) or (args.keep_best and not any(held_out)):
+        parser.error("arguments --validation_rows, --validation_data_dir: give one of them; --keep_best needs one")
     if args.train_text_encoder:
-        parser.error(
-            "arguments --train_text_encoder and --debug_loss: only the UNet is trained, and updates are logged"
-        )
+        parser.error("arguments --train_text_encoder, --debug_loss: only the UNet is trained, and updates are logged")
     if os.path.normpath(args.logging_dir) == ".":
         parser.error("argument --logging_dir: must name a folder of its own")
     if os.path.normpath(os.path.join("logs", args.tracker_project_name)).split(os.sep)[0] != "logs":
@@ -1103,7 +1100,7 @@ def save_checkpoint(accelerator, args, name, model, ema, optimizer, state):
             partial.rename(final)
             flush_to_disk(final.parent)
             for step, path in list_checkpoints(args.output_dir)[: -(args.checkpoints_total_limit or sys.maxsize)]:
-                if step != state["best"].get("step"):
+                if step not in [entry["step"] for entry in state["best"]]:
                     shutil.rmtree(path.rename(path.with_name(path.name + ".partial")))  # a crash leaves no half of one
     logger.info(f"saved {final}")
     accelerator.wait_for_everyone()
@@ -1465,12 +1462,12 @@ class HeldOut:
         off = ["random_flip", "proportion_empty_prompts", "noise_offset", "input_perturbation", "dream_training"]
         self.accelerator = accelerator
         self.args = argparse.Namespace(**vars(args) | dict.fromkeys([*off, "snr_gamma"], 0) | {"center_crop": True})
-        self.rows = rows
         self.length = num_train_timesteps  # of the noise schedule
-        self.history = start.get("validation", [])
-        self.best = start.get("best", {})  # entry of the history
-        stream = ExampleStream(rows, functools.partial(preprocess.func, self.args, *preprocess.args[1:]), seed=2**64)
-        self.batches = list(make_batches(accelerator, args, stream, range(len(rows)))) if len(rows) else []
+        self.history = start.get("validation", [])  # and [its best entry], [] unless that checkpoint is here:
+        self.best = [e for e in start.get("best", []) if Path(args.output_dir, f"checkpoint-{e['step']}").exists()]
+        preprocess = functools.partial(preprocess.func, self.args, *preprocess.args[1:])
+        self.stream = ExampleStream(rows, preprocess, seed=2**64)
+        self.batches = list(make_batches(accelerator, args, self.stream, range(len(rows)))) if len(rows) else []
 
     def evaluate(self, step, model, training_losses, frozen_parts, log):
         """Log the loss after `step` updates. Called by every process. Returns whether --keep_best is to save for it."""
@@ -1479,7 +1476,7 @@ class HeldOut:
             for part, batch in itertools.product(range(1, 16, 2), self.batches):  # middles of eighths of the schedule
                 batch["timesteps"].fill_(self.length * part // 16)
                 losses.append(self.accelerator.gather(training_losses(batch, predict, *frozen_parts, self.args)))
-        losses = torch.cat(losses).cpu().double().view(4, 2, -1)[:, :, : len(self.rows)]  # without accelerate's padding
+        losses = torch.cat(losses).cpu().double().view(4, 2, -1)[:, :, : len(self.stream.rows)]  # without padding
         names = [f"validation_loss/t{self.length * k // 4:03d}-{self.length * (k + 1) // 4 - 1:03d}" for k in range(4)]
         loss = losses.mean().item()
         values = {"validation_loss": loss, **dict(zip(names, losses.mean((1, 2)).tolist(), strict=True))}
@@ -1487,8 +1484,8 @@ class HeldOut:
         log.bar.set_description_str(f"validation loss {loss:.4f}", refresh=False)
         logger.info(f"step {step}: validation loss {loss:.4f}")
         self.history.append({"step": step, "train_loss": float(np.mean(log.recent)), **values})
-        is_best = self.args.keep_best and loss < self.best.get("validation_loss", math.inf)
-        self.best = self.history[-1] if is_best else self.best
+        is_best = self.args.keep_best and loss < min([math.inf, *(entry["validation_loss"] for entry in self.best)])
+        self.best = self.history[-1:] if is_best else self.best
         path = Path(self.args.output_dir) / "validation" / "loss.png"
         if self.accelerator.is_main_process and importlib.util.find_spec("matplotlib"):
             path.parent.mkdir(exist_ok=True)
@@ -1499,9 +1496,7 @@ class HeldOut:
 
     def summary(self):
         """The checkpoint that is kept for its loss, as the end of a sentence."""
-        if not Path(self.args.output_dir, f"checkpoint-{self.best.get('step')}").exists():
-            return ""
-        return f"; lowest validation loss {self.best['validation_loss']:.4f}: checkpoint-{self.best['step']}"
+        return "".join(f"; best validation loss {e['validation_loss']:.4f}: checkpoint-{e['step']}" for e in self.best)
 
 
 class UpdateLog:

@@ -260,7 +260,7 @@ def check_checkpoints(script, output_dir):
             assert (path / name).stat().st_size == size, f"{path / name}"
     steps = [step for step, _ in checkpoints]
     if checkpoints:
-        assert not state["best"] or state["best"]["step"] in steps, (state["best"], steps)
+        assert {entry["step"] for entry in state["best"]} <= set(steps), (state["best"], steps)
     return steps
 
 

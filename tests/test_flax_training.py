@@ -670,7 +670,7 @@ def test_the_validation_loss_is_the_same_on_four_devices_and_after_a_resume(one_
     assert [event.value for tag in tags for event in events.Scalars(tag)] == pytest.approx(losses["output"], rel=1e-6)
     assert PIL.Image.open(one_device.output / "validation" / "loss.png").size[0] > 300
     best = min(losses["output"][:2])
-    said = f"; lowest validation loss {best:.4f}: checkpoint-{2 if best == losses['output'][0] else 4}."
+    said = f"; best validation loss {best:.4f}: checkpoint-{2 if best == losses['output'][0] else 4}."
     card = (one_device.output / "README.md").read_text()
     assert said in card
     assert "(validation/loss.png)" in card

@@ -197,7 +197,7 @@ def test_the_best_checkpoint_is_kept(common, tmp_path, capfd):
     best = min(losses, key=losses.get)
     assert best % 3
     assert checkpoints(flags["output_dir"]) == [best, 9]
-    said = f"; lowest validation loss {losses[best]:.4f}: checkpoint-{best}"
+    said = f"; best validation loss {losses[best]:.4f}: checkpoint-{best}"
     assert f"{said}\n" in capfd.readouterr().err
     assert said in (flags["output_dir"] / "README.md").read_text()
     run({**flags, "max_train_steps": 12, "learning_rate": 1e-9, "resume_from_checkpoint": "latest"})
@@ -280,7 +280,7 @@ def test_another_script(common, folders, script, tmp_path):
     entries = history(tmp_path / "whole", 4)
     assert [entry["step"] for entry in entries] == [2, 4]
     assert (
-        f"; lowest validation loss {min(entry['validation_loss'] for entry in entries):.4f}: "
+        f"; best validation loss {min(entry['validation_loss'] for entry in entries):.4f}: "
         in (tmp_path / "whole" / "README.md").read_text()
     )
     (tmp_path / "resumed").mkdir()
