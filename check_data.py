@@ -145,10 +145,12 @@ def write_metadata(args):
     for path in images_in(folder):
         name = Path(path).relative_to(folder)
         caption = read_caption(path)
-        if caption is None and not name.parent.name:
-            raise RunError(f"--write_metadata: {path}: has no .txt file, and no folder of its kind")
+        if caption is None and (not name.parent.name or any(Path(path).parent.glob("*.txt"))):
+            raise RunError(f"--write_metadata: {path} has neither a .txt file nor a folder of its own kind")
         caption = name.parent.name.replace("_", " ") if caption is None else " ".join(caption.split())
         rows.append({"file_name": name.as_posix(), args.caption_column: caption})
+    if not rows:
+        raise RunError("--write_metadata: there are no images")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     Path(folder, "metadata.jsonl").write_bytes(lines.encode())
 
@@ -159,12 +161,10 @@ def load_rows(args):
     if any(os.path.isfile(os.path.join(source, name)) for name in ("state.json", "dataset_dict.json")):
         dataset = datasets.load_from_disk(source)
     else:
-        on_hub = {"path": source, "name": args.dataset_config_name, "data_dir": args.train_data_dir}
+        hub = {"path": source, "name": args.dataset_config_name, "data_dir": args.train_data_dir, "split": "train"}
         in_folder = {"path": "imagefolder", "data_files": {"train": os.path.join(glob.escape(source), "**")}}
-        dataset = datasets.load_dataset(cache_dir=args.cache_dir, **(on_hub if args.dataset_name else in_folder))
-    dataset = dataset.get("train", ()) if isinstance(dataset, dict) else dataset
-    if len(dataset) == 0:
-        raise RunError("there are no rows, or no split 'train'")
+        dataset = datasets.load_dataset(cache_dir=args.cache_dir, **(hub if args.dataset_name else in_folder))
+    dataset = dataset["train"] if isinstance(dataset, dict) else dataset
     found = dataset.column_names
     if args.image_column not in found:
         raise RunError(f"--image_column {args.image_column}: no such column in {found}")
@@ -223,7 +223,8 @@ def main(args):
         dataset = load_rows(args)
         tokenizer = load_tokenizer(args.tokenizer, args.cache_dir) if args.tokenizer else None
     except Exception as error:  # libraries raise exceptions of all kinds
-        sys.exit(f"error: {args.dataset_name or args.train_data_dir}: {' '.join(str(error).split())}")
+        lines = dict.fromkeys(" ".join(str(each).split()) for each in (error, error.__cause__ or error))
+        sys.exit(f"error: {args.dataset_name or args.train_data_dir}: {': '.join(lines)}")
     findings = {}
     crops = []
     refused = 0
@@ -235,17 +236,21 @@ def main(args):
             findings.setdefault(kind, []).append(details if len(findings[kind]) < 5 else None)
     source = os.path.abspath(args.dataset_name or args.train_data_dir)
     named = set(dataset.data.column(args.image_column).flatten()[1].to_pylist())
-    for path in (path for path in images_in(source) if path not in named):
+    images = images_in(source)
+    for path in (path for path in images if path not in named):
         kind = "for tests" if re.search(FOR_TESTS, path.replace(source, ""), re.I) else "that no metadata line names"
         findings.setdefault(f"left out: images {kind}", []).append(path)
+    texts = set(glob.glob(os.path.join(glob.escape(source), "**", "*.txt"), recursive=True))
+    if alone := texts.difference(os.path.splitext(path)[0] + ".txt" for path in images):
+        findings["left out: .txt files without an image (.heic and .avif are not read)"] = sorted(alone)
     average, most = (f"{share:.1%}" for share in (np.mean(crops or 0), max(crops, default=0)))
     print(f"{len(dataset):,} rows; the square crop takes {average} of an image on average, {most} at most")
     for kind, details in sorted(findings.items()):
         print(f"{len(details):>9,}  {kind}")
         for line in details[:5]:
             print(" " * 10, "".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
-    if refused:
-        sys.exit(f"error: training would refuse {refused} of {len(dataset)} rows")
+    if refused or len(dataset) == 0:
+        sys.exit(f"error: training would refuse {refused or 'all'} of {len(dataset)} rows")
 
 
 if __name__ == "__main__":
