@@ -241,8 +241,9 @@ def main(args):
         kind = "for tests" if re.search(FOR_TESTS, path.replace(source, ""), re.I) else "that no metadata line names"
         findings.setdefault(f"left out: images {kind}", []).append(path)
     texts = set(glob.glob(os.path.join(glob.escape(source), "**", "*.txt"), recursive=True))
-    if alone := texts.difference(os.path.splitext(path)[0] + ".txt" for path in images):
-        findings["left out: .txt files without an image (.heic and .avif are not read)"] = sorted(alone)
+    captions = {os.path.splitext(path)[0] + ".txt" for path in images}
+    if texts & captions and texts - captions:
+        findings["left out: .txt files without an image (.heic and .avif are not read)"] = sorted(texts - captions)
     average, most = (f"{share:.1%}" for share in (np.mean(crops or 0), max(crops, default=0)))
     print(f"{len(dataset):,} rows; the square crop takes {average} of an image on average, {most} at most")
     for kind, details in sorted(findings.items()):

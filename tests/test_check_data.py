@@ -104,6 +104,43 @@ def test_the_report_names_every_defect(defects, pipeline_folder, captions, capsy
     assert files_below(defects) == before
 
 
+def test_captions_without_an_image(tmp_path, capsys):
+    for name in ("0.png", "1.png"):
+        write_image(tmp_path / name)
+    for name in ("0.txt", "1.txt", "2.txt"):
+        (tmp_path / name).write_text("dots")
+    (tmp_path / "2.heic").write_bytes(b"not read")
+    status, out, _ = check(capsys, train_data_dir=tmp_path, resolution=32)
+    assert status == 0
+    said = "left out: .txt files without an image (.heic and .avif are not read)"
+    assert out.splitlines()[1:] == [f"        1  {said}", f"           {tmp_path}/2.txt"]
+
+
+def test_every_image_is_left_out(tmp_path, capsys):
+    (tmp_path / "test").mkdir()
+    write_image(tmp_path / "test" / "0.png")
+    status, out, error = check(capsys, train_data_dir=tmp_path, resolution=32, caption_column="")
+    assert (status, error) == (1, "error: training would refuse all of 0 rows")
+    assert f"left out: images for tests\n           {tmp_path}/test/0.png" in out
+
+
+def test_the_cause_of_a_library_s_error_is_named(tmp_path, capsys):
+    write_image(tmp_path / "0.png")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": str(tmp_path / "0.png"), "text": "dots"}) + "\n")
+    status, _, error = check(capsys, train_data_dir=tmp_path, resolution=32)
+    assert status == 1
+    assert "`file_name` must be a relative path" in error
+
+
+def test_a_name_that_the_console_cannot_print(tmp_path):
+    write_image(tmp_path / "日本.png", 20, 20)
+    (tmp_path / "日本.txt").write_text("dots")
+    command = [sys.executable, ROOT / "check_data.py", "--train_data_dir", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0, done.stderr
+    assert r"row 0 (\u65e5\u672c.png)" in done.stdout
+
+
 def test_of_many_findings_five_are_named(images_folder, capsys):
     status, out, _ = check(capsys, train_data_dir=images_folder)  # at the default resolution of 512
     assert status == 0

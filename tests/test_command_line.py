@@ -323,6 +323,17 @@ def test_output_dir_among_the_images(flags):
         run({**flags, "output_dir": flags["train_data_dir"]})
     with pytest.raises(RunError, match="holds the training images"):
         run({**flags, "output_dir": flags["train_data_dir"].parent})
+    data = {"train_data_dir": None, "dataset_name": flags["train_data_dir"]}
+    with pytest.raises(RunError, match="holds the training images"):
+        run({**flags, **data, "output_dir": flags["train_data_dir"]})
+
+
+@pytest.mark.parametrize("script", ["train_text_to_image", "train_text_to_image_flax"])
+def test_an_output_dir_that_is_empty_text(script, flags):
+    """As of a variable of the shell that is not set."""
+    module = importlib.import_module(script)
+    with pytest.raises(module.RunError, match="--output_dir : is not given"):
+        run({**flags, "output_dir": ""}, script)
 
 
 BAD_INPUT = {

@@ -99,6 +99,10 @@ def group_of(pid):
             "cheapest first: smaller batches, with more --gradient_accumulation_steps, --mixed_precision, "
             "--cache_encodings, --use_8bit_adam, --gradient_checkpointing, --rank, a lower --resolution\n",
         ),
+        (
+            "UNet2DConditionModel:forward:3:OSError(28, 'No space left', 'a file')",
+            "error: [Errno 28] No space left: 'a f",
+        ),
         ("StableDiffusionPipeline:__call__:1:ValueError('from a library')", "ValueError: from a library"),
     ],
 )
@@ -108,6 +112,20 @@ def test_an_error_in_the_loop_ends_the_data_workers(place, expected, with_worker
     assert status == 1
     assert expected in errors
     assert ("Traceback" in errors) != ("error: " in expected)
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("train_*.py")), ids=lambda path: path.stem)
+def test_ctrl_c_while_the_libraries_are_imported(script):
+    """Which takes seconds, in which nothing is there to resume."""
+    words = ["--train_data_dir=nowhere", "--pretrained_model_name_or_path=nowhere"]
+    words = words[: 1 if "prior" in script.stem or "decoder" in script.stem else 2]
+    process = subprocess.Popen([sys.executable, script, *words], stderr=subprocess.PIPE, text=True)
+    with process:
+        while "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate()[1] == "\nstopped\n"
+    assert process.returncode == 130
 
 
 def test_a_killed_data_worker_ends_the_run(with_workers):

@@ -381,7 +381,24 @@ def test_the_model_card_of_a_local_run_names_its_folder(flags):
     assert re.search(r'"seed": \d+,', text)  # drawn, and not lost
 
 
+def test_the_model_card_shows_the_pictures_of_its_own_run(flags):
+    """Not those of a longer one that was resumed from an earlier checkpoint."""
+    flags |= {"validation_prompts": ["red dots"], "validation_epochs": 100, "checkpointing_steps": 1}
+    run({**flags, "max_train_steps": 3})
+    run({**flags, "max_train_steps": 2, "resume_from_checkpoint": "checkpoint-1"})
+    assert "validation/step-000002.png" in (flags["output_dir"] / "README.md").read_text()
+
+
 # Launchers ------------------------------------------------------------------------------------------------------------
+
+
+def test_accumulation_of_the_launcher_does_not_count(flags, tmp_path, monkeypatch):
+    """`accelerate launch --gradient_accumulation_steps=4` sets it; what counts is the script's own flag, here 1."""
+    run({**flags, "output_dir": tmp_path / "plain"})
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    run(flags)
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "plain" / weights).read_bytes() == (flags["output_dir"] / weights).read_bytes()
 
 
 NOTEBOOK = """

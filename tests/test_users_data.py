@@ -279,7 +279,12 @@ def test_metadata_is_never_overwritten(tmp_path, capsys, name):
 
 
 def test_no_metadata_is_written_if_a_caption_is_missing(tmp_path, capsys):
-    assert "0.png: has no .txt file" in write(write_images(tmp_path / "data", "0.png", "cat/1.png"), capsys)
+    assert "0.png has neither a .txt file nor" in write(write_images(tmp_path / "data", "0.png", "cat/1.png"), capsys)
+    folder = write_images(tmp_path / "mixed", "cat/0.png", "cat/1.png")
+    (folder / "cat" / "0.txt").write_text("a grey cat")  # so that "cat" is no caption for the other one
+    assert "cat/1.png has neither a .txt file nor" in write(folder, capsys)
+    (tmp_path / "empty").mkdir()
+    assert "there are no images" in write(tmp_path / "empty", capsys)
     assert "a.zip exists (" in write(archive(tmp_path / "data", tmp_path / "packed" / "a.zip"), capsys)
     assert not list(tmp_path.rglob("metadata.*"))
 

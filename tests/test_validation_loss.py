@@ -207,6 +207,16 @@ def test_the_best_checkpoint_is_kept(common, tmp_path, capfd):
     assert f"{said}\n" in capfd.readouterr().err
 
 
+def test_the_offloaded_average_has_the_same_norms(common, tmp_path):
+    """Of --half_precision_norms, too."""
+    flags = {**common, "mixed_precision": "bf16", "half_precision_norms": True, "max_train_steps": 2}
+    run({**flags, "output_dir": tmp_path / "device"})
+    reset_accelerate()
+    run({**flags, "output_dir": tmp_path / "offloaded", "offload_ema": True})
+    reset_accelerate()
+    assert history(tmp_path / "device", 2) == history(tmp_path / "offloaded", 2)
+
+
 # Refusals -------------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +243,12 @@ def test_refusals(common, images, tmp_path):
         refused({**flags, "validation_data_dir": "nowhere"})
         == "--validation_data_dir nowhere: there is no such folder, or it is empty"
     )
+    (images / "more").mkdir()
+    shutil.copy(images / "0.png", images / "more" / "held-out.png")
+    (images / "more" / "metadata.jsonl").write_text('{"file_name": "held-out.png", "text": "dots"}\n')
+    said = refused({**flags, "validation_data_dir": images / "more"})
+    shutil.rmtree(images / "more")
+    assert said == f"--validation_data_dir {images / 'more'}: holds images to train on"
     assert not (tmp_path / "output").exists()
 
 
