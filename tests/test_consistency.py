@@ -71,17 +71,17 @@ INTENDED_FLAGS = {
 }
 # Flags that are accepted and not needed.
 WITHOUT_EFFECT = {"local_rank", "foreach_ema", "from_pt"}
-# Second names of a flag, of upstream's LoRA scripts.
+# Second names of a flag, of upstream's scripts.
 ANOTHER_NAME = {"validation_prompt", "lora_rank", "debug_loss"}
 # Ours beyond upstream's.
 NEW = {"proportion_empty_prompts", "validation_steps", "logging_steps", "skip_bad_images", "cache_encodings"}
 NEW |= {"validation_rows", "validation_data_dir", "keep_best"}
 NEW_IN_PYTORCH = NEW | {"compile", "deterministic", "half_precision_norms", "lora_alpha", "lora_target_modules"}
-NEW_IN_PYTORCH |= {"rank", "num_validation_images"} | ANOTHER_NAME  # of upstream's LoRA scripts
+NEW_IN_PYTORCH |= {"rank", "num_validation_images", "validation_prompt", "lora_rank"}  # of upstream's LoRA scripts
 NEW_FLAGS = {
     "train_text_to_image.py": NEW_IN_PYTORCH,
     "train_text_to_image_sdxl.py": NEW_IN_PYTORCH
-    | {"validation_prompts", "tracker_project_name", "offload_ema", "train_text_encoder"},
+    | {"validation_prompts", "tracker_project_name", "offload_ema", "train_text_encoder", "debug_loss"},
     "train_text_to_image_prior.py": NEW_IN_PYTORCH | {"gradient_checkpointing"},
     "train_text_to_image_decoder.py": NEW_IN_PYTORCH,
     # What the PyTorch script has and upstream's Flax script lacks, and three flags of its own.

@@ -119,7 +119,7 @@ def test_training_loss_of_the_prior(prior_folder, snr_gamma):
     arguments.snr_gamma = snr_gamma
     prior, models = pipeline.prior, (pipeline.prior, pipeline.image_encoder, pipeline.text_encoder)
     clip = (prior.clip_mean.detach(), prior.clip_std.detach())
-    loss = training_losses(batch, *models, *clip, scheduler.alphas_cumprod, arguments).mean()
+    loss = training_losses({**batch}, *models, *clip, scheduler.alphas_cumprod, arguments).mean()
 
     with torch.no_grad():
         embeds = (pipeline.image_encoder(batch["clip_pixel_values"])[0] - 0.1) / 0.5  # as tiny.py sets mean and std
@@ -148,7 +148,7 @@ def test_training_loss_of_the_decoder(prior_folder, decoder_folder, snr_gamma):
     arguments.snr_gamma = snr_gamma
     models = (pipeline.unet, pipeline.movq, prior_pipeline.image_encoder)
     alphas_cumprod = pipeline.scheduler.alphas_cumprod
-    loss = training_losses(batch, *models, empty, alphas_cumprod, "epsilon", arguments).mean()
+    loss = training_losses({**batch}, *models, empty, alphas_cumprod, "epsilon", arguments).mean()
 
     with torch.no_grad():
         latents = pipeline.movq.encode(pixels / 127.5 - 1).latents

@@ -173,7 +173,7 @@ def by_hand(models, batch, scheduler):
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
 def test_training_loss(models, batch, scheduler, prediction_type, snr_gamma):
     loss = training_losses(
-        batch, *models, scheduler.alphas_cumprod, prediction_type, arguments(snr_gamma=snr_gamma)
+        {**batch}, *models, scheduler.alphas_cumprod, prediction_type, arguments(snr_gamma=snr_gamma)
     ).mean()
     latents, predict = by_hand(models, batch, scheduler)
     noise, timesteps = batch["noise"], batch["timesteps"]
@@ -192,7 +192,7 @@ def test_training_loss(models, batch, scheduler, prediction_type, snr_gamma):
 @pytest.mark.parametrize(("offset", "perturbation"), [(0.5, 0), (0, 0.1), (0.5, 0.1)])
 def test_noise_offset_and_input_perturbation(models, batch, scheduler, offset, perturbation):
     changed = arguments(noise_offset=offset, input_perturbation=perturbation)
-    loss = training_losses(batch, *models, scheduler.alphas_cumprod, "epsilon", changed).mean()
+    loss = training_losses({**batch}, *models, scheduler.alphas_cumprod, "epsilon", changed).mean()
     latents, predict = by_hand(models, batch, scheduler)
     noise = batch["noise"] + offset * batch["offset_noise"]
     noisy = scheduler.add_noise(latents, noise + perturbation * batch["perturbation_noise"], batch["timesteps"])
@@ -205,7 +205,7 @@ def test_noise_offset_and_input_perturbation(models, batch, scheduler, offset, p
 def test_dream_training(models, batch, scheduler, prediction_type, detail_preservation):
     """Against diffusers' function, which knows epsilon only: it is given the ε that the model's prediction means."""
     changed = arguments(dream_training=True, dream_detail_preservation=detail_preservation)
-    loss = training_losses(batch, *models, scheduler.alphas_cumprod, prediction_type, changed).mean()
+    loss = training_losses({**batch}, *models, scheduler.alphas_cumprod, prediction_type, changed).mean()
     latents, predict = by_hand(models, batch, scheduler)
     noise, timesteps = batch["noise"], batch["timesteps"]
     alphas = alphas_of(scheduler, timesteps)
@@ -231,7 +231,9 @@ def test_dream_training(models, batch, scheduler, prediction_type, detail_preser
 def test_training_loss_is_finite_at_zero_terminal_snr(models, batch, prediction_type):
     scheduler = DDPMScheduler(**SD_SCHEDULE, rescale_betas_zero_snr=True)
     for changes in ({}, {"snr_gamma": 5.0}, {"snr_gamma": 5.0, "dream_training": True}):
-        loss = training_losses(batch, *models, scheduler.alphas_cumprod, prediction_type, arguments(**changes)).mean()
+        loss = training_losses(
+            {**batch}, *models, scheduler.alphas_cumprod, prediction_type, arguments(**changes)
+        ).mean()
         loss.backward()
         assert loss.isfinite()
         assert all(parameter.grad.isfinite().all() for parameter in models[0].parameters())

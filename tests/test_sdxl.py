@@ -7,6 +7,7 @@ test_lora.py.
 import json
 import re
 import shutil
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +125,7 @@ def test_training_loss(base, caption_lists_folder, prediction_type, snr_gamma):
     ]
     batch = default_collate(examples)
     losses = training_losses(
-        batch, pipeline.unet, pipeline.vae, text_encoders, scheduler.alphas_cumprod, prediction_type, args
+        {**batch}, pipeline.unet, pipeline.vae, text_encoders, scheduler.alphas_cumprod, prediction_type, args
     )
     with torch.no_grad():
         expected = [
@@ -276,7 +277,9 @@ def test_the_size_of_a_cached_row(base, images_folder):
     columns = {"image": [read_image(row["image"]) for row in rows], "text": [row["text"] for row in rows]}
     tokenizers = [pipeline.tokenizer, pipeline.tokenizer_2]
     args = arguments(center_crop=True, cache_encodings="cache")
-    encodings = encode_rows(args, tokenizers, pipeline.vae, [pipeline.text_encoder, pipeline.text_encoder_2], columns)
+    models = (pipeline.vae, [pipeline.text_encoder, pipeline.text_encoder_2])
+    with ThreadPool(1) as threads:
+        encodings = encode_rows(args, tokenizers, *models, columns, threads)
     assert sum(value.nbytes for value in load(encodings[0]).values()) == size(4, 8, 16 + 24, 20, 4) + 2 * 8
     assert f"{size(4, 128, 768 + 1280, 1280, 2) / 1e6:.2f} MB" in (ROOT / "README.md").read_text()
 
@@ -437,8 +440,8 @@ def test_bad_input(change, message, flags):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--train_text_encoder", "--train_text_encoder and --debug_loss: only the UNet is trained"),
-        ("--debug_loss", "--train_text_encoder and --debug_loss: .* updates are logged"),
+        ("--train_text_encoder", "--train_text_encoder, --debug_loss: only the UNet is trained"),
+        ("--debug_loss", "--train_text_encoder, --debug_loss: .* updates are logged"),
         ("--timestep_bias_multiplier 0", "--timestep_bias_multiplier: must be larger than 0, not 0"),
         ("--timestep_bias_portion 1.5", "--timestep_bias_portion: must be from 0 to 1, not 1.5"),
         ("--timestep_bias_strategy most", "--timestep_bias_strategy: invalid choice"),
