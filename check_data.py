@@ -139,20 +139,20 @@ def write_metadata(args):
     """Write metadata.jsonl: captions are in .txt files beside the images, or else the names of their folders."""
     folder = os.path.abspath(args.train_data_dir)
     rows = []
-    for path in glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True):
-        if re.fullmatch(r"metadata\.(jsonl|csv|parquet)|.*\.zip", os.path.basename(path)):
-            raise RunError(f"--write_metadata: {path} exists (a metadata file stays as it is, an archive has its own)")
+    files = glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True)
+    if taken := [path for path in files if re.fullmatch(r"metadata\.(jsonl|csv|parquet)|.*\.zip", Path(path).name)]:
+        raise RunError(f"--write_metadata: {taken[0]} exists (a metadata file stays as it is, an archive has its own)")
+    captioned = {os.path.dirname(path) for path in files if path.endswith(".txt")}  # folders
     for path in images_in(folder):
         name = Path(path).relative_to(folder)
         caption = read_caption(path)
-        if caption is None and (not name.parent.name or any(Path(path).parent.glob("*.txt"))):
+        if caption is None and (not name.parent.name or os.path.dirname(path) in captioned):
             raise RunError(f"--write_metadata: {path} has neither a .txt file nor a folder of its own kind")
         caption = name.parent.name.replace("_", " ") if caption is None else " ".join(caption.split())
-        rows.append({"file_name": name.as_posix(), args.caption_column: caption})
+        rows.append(json.dumps({"file_name": name.as_posix(), args.caption_column: caption}, ensure_ascii=False) + "\n")
     if not rows:
         raise RunError("--write_metadata: there are no images")
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    Path(folder, "metadata.jsonl").write_bytes(lines.encode())
+    Path(folder, "metadata.jsonl").write_bytes("".join(rows).encode())
 
 
 def load_rows(args):

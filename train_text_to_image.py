@@ -165,7 +165,7 @@ def parse_args(input_args=None):
     add("--resume_from_checkpoint", nargs="?", const="latest", help="resume from the newest checkpoint or a given one")
 
     add = parser.add_argument_group("validation and logs").add_argument
-    add("--validation_prompts", "--validation_prompt", nargs="+", help="prompts to generate pictures of")
+    add("--validation_prompts", "--validation_prompt", nargs="+", help="prompts to generate pictures of, quoted")
     add("--num_validation_images", type=count, default=1, help="pictures per prompt, each from other noise")
     add("--validation_epochs", type=count, default=5, help="epochs between validations")
     add("--validation_steps", type=count, help="updates between validations, instead of epochs")
@@ -205,7 +205,7 @@ def parse_args(input_args=None):
 
 # Before the imports below, which take seconds: --help and a wrong flag are answered at once.
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"\nstopped\n") and os._exit(130))  # until the run can resume
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"\nstopped\n") and os._exit(130))  # there is nothing to resume
     command_line = parse_args()
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it recommends a package
@@ -393,7 +393,7 @@ def training_losses(batch, unet, vae, text_encoder, alphas_cumprod, prediction_t
     batch: collated examples of `preprocess_train` or `preprocess_encoded`; alphas_cumprod: ᾱ of all timesteps,
     (num_train_timesteps,). Only the UNet gets a gradient.
     """
-    if "moments" not in batch:  # not cached; `HeldOut` uses its batches again, so they stay there
+    if "moments" not in batch:  # not cached; kept in the batch, since `HeldOut` uses its batches again
         batch["moments"] = encode_images(batch.pop("pixel_values"), vae)
         batch["text_states"] = encode_captions(batch["input_ids"], text_encoder)
     posterior = DiagonalGaussianDistribution(batch["moments"])
@@ -709,8 +709,8 @@ def load_data(accelerator, args, flags, seed, batch_size):
     held_out, to_train = np.split(random_generator(seed, 5).permutation(len(parts[0])), [args.validation_rows])
     if args.validation_rows and len(to_train) < batch_size:
         raise RunError(f"--validation_rows {args.validation_rows}: of {len(parts[0])}, leaves no batch of {batch_size}")
-    both = set.intersection(*(set(part.data.column(args.image_column).flatten()[1].to_pylist()) for part in parts))
-    if args.validation_data_dir and any(os.path.isabs((path or "").rpartition("::")[2]) for path in both):
+    paths = (set(part.flatten()[f"{args.image_column}.path"][:]) for part in parts)
+    if args.validation_data_dir and any(os.path.isabs((p or "").rpartition("::")[2]) for p in set.intersection(*paths)):
         raise RunError(f"--validation_data_dir {args.validation_data_dir}: holds images to train on")
     return parts, np.sort(to_train), range(len(parts[1])) if args.validation_data_dir else held_out
 
@@ -932,8 +932,9 @@ def row_digests(args, dataset):
         name, _, path = image["path"].rpartition("::")  # in an archive
         with open(path, "rb") as file:
             stat = os.fstat(file.fileno())
-            ends = [file.read(4096), file.seek(max(0, stat.st_size - 4096)), file.read(4096)]
-        facts = [name or os.path.basename(path), stat.st_size, stat.st_mtime_ns, captions, ends]
+            places = (0, stat.st_size // 2, max(0, stat.st_size - 4096))
+            samples = [(file.seek(place), file.read(4096)) for place in places]
+        facts = [name or os.path.basename(path), stat.st_size, stat.st_mtime_ns, captions, samples]
         return hashlib.sha256(repr(facts).encode()).digest()
 
     with ThreadPool(16) as threads:  # to hide the latency of a network disk
@@ -986,7 +987,7 @@ def check_flags(args, checkpoint, before, now):
 
 
 def read_checkpoint(checkpoint):
-    """The state in a checkpoint (dict, see `save_checkpoint`), or None and a warning if it is not complete."""
+    """The state in a checkpoint (dict), or None and a warning if it is not complete."""
     try:
         state = json.loads((checkpoint / "training_state.json").read_text(encoding="utf-8"))
         for name, size in state["files"].items():
@@ -1106,10 +1107,10 @@ def check_folders(args):
         if path.startswith(("/", ".")) and not Path(path).is_dir():
             raise RunError(f"--{flag} {path}: there is no such folder")
         for part in Path(path).glob("*/config.json"):
-            found = {file.stem.partition(".")[2] for file in part.parent.glob("*.safetensors")}  # "" without a variant
+            found = {file.stem.partition(".")[2].partition("-0")[0] for file in part.parent.glob("*.safetensors")}
             if (getattr(args, "variant", None) or "") not in found and (found or any(part.parent.glob("*.bin"))):
                 convert = "if you trust them: DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder)"
-                way = "change --variant" if "variant" in args else "the whole weights are needed"
+                way = "change --variant or leave it out" if "variant" in args else "the whole weights are needed"
                 hint = f"variant {min(found) or '(none)'}; {way}" if found else f"pickles, no safetensors; {convert}"
                 raise RunError(f"--{flag} {path}: {part.parent.name}/ has only {hint}")
     folder = Path(args.output_dir).resolve()
@@ -1117,7 +1118,7 @@ def check_folders(args):
     data = [Path(path) for path in (args.train_data_dir, args.validation_data_dir, args.dataset_name) if path]
     of_a_run = any((folder / name).exists() for name in ("model_index.json", ADAPTER))
     problems = {
-        "is not given": not args.output_dir,
+        "is empty": not args.output_dir,
         "is the model to start from": folder in [Path(model).resolve() for model in models.values()],
         "holds the training images": any(path.exists() and path.resolve().is_relative_to(folder) for path in data),
         "has a README.md of something else": (folder / "README.md").exists() > of_a_run,
@@ -1332,7 +1333,7 @@ def evaluating(accelerator, model):
     """Evaluation mode: on the device, no gradients, dropout or compilation. Yields the model's forward in autocast."""
     training = model.training
     model.eval()
-    # A move, even to the same device, reshards a model: FSDP leaves it unsharded without a backward pass.
+    # Moving a model, even to the same device, reshards it: FSDP leaves it unsharded without a backward pass.
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), offload_models(model, device=accelerator.device):
         yield accelerator.autocast()(model.__call__)
     model.train(training)
@@ -1398,7 +1399,7 @@ class HeldOut:
         self.accelerator = accelerator
         self.args = argparse.Namespace(**vars(args) | dict.fromkeys([*off, "snr_gamma"], 0) | {"center_crop": True})
         self.length = num_train_timesteps  # of the noise schedule
-        self.history = start.get("validation", [])  # and [its best entry], [] unless that checkpoint is here:
+        self.history = start.get("validation", [])  # best: [its lowest entry], [] if that checkpoint is not here
         self.best = [e for e in start.get("best", []) if Path(args.output_dir, f"checkpoint-{e['step']}").exists()]
         preprocess = functools.partial(preprocess.func, self.args, *preprocess.args[1:])
         self.stream = ExampleStream(rows, preprocess, seed=2**64)
@@ -1543,13 +1544,13 @@ def push_to_hub(args, repo_id):
 
 
 def error_line(args, error):
-    """One line about a RunError, an OSError (disk, permissions) or a lack of memory; of other errors None."""
+    """One line about a RunError, an error of the operating system or a lack of memory; of other errors None."""
     lost = isinstance(error, (ConnectionError, EOFError)) and "dataloader.py" in traceback.format_exc()
     if lost or re.search(r"worker \(pid|</torch_", str(error)):
         return "a data worker has ended: no memory, or no room in /dev/shm (--shm-size)? Lower --dataloader_num_workers"
     if not re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
         line = str(error).rpartition("RunError: ")[2].strip()  # a data worker puts a traceback before it
-        return line if isinstance(error, (RunError, OSError)) else None
+        return line if isinstance(error, RunError) or getattr(error, "errno", None) else None
     tasks = {"cached_encodings": "encoding images", "validate": "generating pictures", "next_batch": "reading images"}
     task = next((task for name, task in tasks.items() if f", in {name}\n" in traceback.format_exc()), "training")
     size = f"--train_batch_size {args.train_batch_size} and --resolution {args.resolution}"
@@ -1573,3 +1574,4 @@ if __name__ == "__main__":
         sys.exit(1)
     finally:
         end_workers()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in a notebook the process goes on

@@ -79,7 +79,7 @@ def number(kind, rule, holds):
 
 
 def parse_args(input_args=None):
-    """Parse the command line, or `input_args` (list of str). Exits with status 2 at an impossible value."""
+    """Parse `input_args` (list of str; None: the command line). Exits with status 2 if a value is impossible."""
     count = number(int, "must be larger than 0", lambda value: value > 0)
     natural = number(int, "must not be negative", lambda value: value >= 0)
     positive = number(float, "must be larger than 0", lambda value: 0 < value < math.inf)
@@ -155,7 +155,7 @@ def parse_args(input_args=None):
     add("--save_flax_weights", action="store_true", help="save the .msgpack files of FlaxStableDiffusionPipeline too")
 
     add = parser.add_argument_group("validation and logs").add_argument
-    add("--validation_prompts", nargs="+", help="prompts to generate pictures of")
+    add("--validation_prompts", nargs="+", help="prompts to generate pictures of, quoted")
     add("--validation_epochs", type=count, default=5, help="epochs between validations")
     add("--validation_steps", type=count, help="updates between validations, instead of epochs")
     add("--validation_rows", type=natural, default=0, help="rows held out of training, to compute a validation loss")
@@ -191,7 +191,7 @@ def parse_args(input_args=None):
 
 # Before the imports below, which take seconds: --help and a wrong flag are answered at once.
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"\nstopped\n") and os._exit(130))  # until the run can resume
+    signal.signal(signal.SIGINT, lambda *_: os.write(2, b"\nstopped\n") and os._exit(130))  # there is nothing to resume
     command_line = parse_args()
 
 import datasets
@@ -253,15 +253,14 @@ def preprocess_train(args, tokenizer, row, rng):
     return {"pixel_values": pixel_values, "input_ids": tokenize_captions([caption], tokenizer).input_ids[0]}
 
 
-def encode_rows(args, tokenizer, encoder, rows):
+def encode_rows(args, tokenizer, encoder, rows, threads):
     """Encode everything that may be sampled from a batch of rows (dict of lists; images are RGB `PIL.Image`).
 
     Returns bytes of safetensors per row: "moments" (flips, h, w, 2 · channels) and "text_states" (captions, 77, width).
     """
-    crop = (args.resolution, args.image_interpolation_mode, True, False, random_generator(0))  # no number is used
-    with ThreadPool() as threads:
-        images = threads.map(lambda image: train_transforms(image, *crop), rows[args.image_column])
-    flips = [image[:, ::side] for image in images for side in (1, -1)[: 1 + args.random_flip]]
+    crop = (args.resolution, args.image_interpolation_mode, True, False, random_generator(0))  # has no effect
+    images = threads.map(lambda image: train_transforms(image, *crop), rows[args.image_column])
+    flips = [image[:, ::side] for image in images for side in ((1, -1) if args.random_flip else (1,))]
     moments = np.split(encoder("pixel_values", np.stack(flips)), len(images))
     captions = [[texts] if isinstance(texts, str) else texts for texts in rows[args.caption_column]]
     input_ids = tokenize_captions(list(itertools.chain(*captions)), tokenizer).input_ids
@@ -381,7 +380,7 @@ def encode(batch, frozen, models, dtype):
     and "input_ids" (b, 77) to "text_states" (b, 77, width): those of them that `batch` has. Computes in `dtype`."""
     encodings = {}
     if "pixel_values" in batch:
-        levels = np.arange(256, dtype=np.float32) / 255 * 2 - 1  # in a table: XLA divides by an inexact inverse of 255
+        levels = np.arange(256, dtype=np.float32) / 255 * 2 - 1  # a table: XLA would multiply by 255's rounded inverse
         pixel_values = jnp.asarray(levels)[batch["pixel_values"]]
         encodings["moments"] = models["vae"].module(frozen["vae"]).encode(pixel_values.astype(dtype))
     if "input_ids" in batch:
@@ -503,18 +502,18 @@ def check_architecture(models, tokenizer, resolution):
     return resolution // factor, resolution // factor, vae.latent_channels
 
 
-def prepare_rows(args, parts, tokenizer, models, weights):
-    """The rows of each data set, or their cached encodings, and the function that turns one into an example."""
+def prepare_rows(args, data, tokenizer, models, weights):
+    """The rows of each data set or their encodings, and a partial, `args` first, that turns one into an example."""
     tokenize_captions([""], tokenizer)  # sets up padding, which threads must not do at the same time
     if not args.cache_encodings:
-        return parts, functools.partial(preprocess_train, args, tokenizer)
+        return data, functools.partial(preprocess_train, args, tokenizer)
     dtype = np.dtype(compute_type(args))
     rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
     configs = [vars(models[part].config) for part in FROZEN]
     settings = [args.resolution, args.image_interpolation_mode, args.random_flip, dtype, rules, configs]
     encoder = make_encoder(args, models, weights)
     encode = functools.partial(encode_rows, args, tokenizer, encoder)
-    rows = [cached_encodings(args, dataset, settings, weights, encode) for dataset in parts]
+    rows = [cached_encodings(args, dataset, settings, weights, encode) for dataset in data]
     (empty_caption,) = encoder("input_ids", tokenize_captions([""], tokenizer).input_ids)
     return rows, functools.partial(preprocess_encoded, args, dtype, empty_caption)
 
@@ -578,10 +577,11 @@ def main(args):
 
     # Data, and the length of the run.
     batch_size = args.train_batch_size * jax.device_count() * args.gradient_accumulation_steps
-    parts, to_train, to_hold_out = load_data(args, ["image_column", "caption_column"], batch_size)
+    # Rows to train on are of the first data set, held-out rows of the last: there are two with --validation_data_dir.
+    data, to_train, to_hold_out = load_data(args, ["image_column", "caption_column"], batch_size)
     examples_left = max(0, args.num_train_epochs * len(to_train) - examples_seen)
     last_step = max(first_step, args.max_train_steps or first_step + math.ceil(examples_left / batch_size))
-    run = {"seed": args.seed, "batch_size": batch_size, "rows": len(to_train), "data": parts[0]._fingerprint}
+    run = {"seed": args.seed, "batch_size": batch_size, "rows": len(to_train), "data": data[0]._fingerprint}
     run["architecture"] = vars(models["unet"].config)
     if checkpoint:
         before, now = start["architecture"], run["architecture"]
@@ -594,7 +594,7 @@ def main(args):
     # Training state on the devices: weights, optimizer state, average.
     transform = make_optimizer_transform(args)
     schedule = make_schedule(args, args.learning_rate * (batch_size if args.scale_lr else 1), last_step)
-    rates = np.asarray(jax.vmap(schedule)(np.arange(last_step)), np.float32)  # no part of what is compiled
+    rates = np.asarray(jax.vmap(schedule)(np.arange(last_step)), np.float32)  # outside the compiled update
     train_state, shardings = make_train_state(args, weights.pop("unet"), transform, mesh, checkpoint, start)
     frozen = {} if args.cache_encodings else on_devices(weights, mesh, dtype)
 
@@ -604,14 +604,14 @@ def main(args):
     log_plan(args, run, first_step, last_step, validation_period)
 
     # One stream of examples for the whole run, entered where the checkpoint left it.
-    prepared, preprocess = prepare_rows(args, parts, tokenizer, models, weights)
+    prepared, preprocess = prepare_rows(args, data, tokenizer, models, weights)
     stream = ExampleStream(prepared[0].select(to_train), preprocess, args.seed)
     positions = range(examples_seen, examples_seen + (last_step - first_step) * batch_size)
     micro_batches = read_ahead(args, stream, positions)
     on_first_process(save_frozen_parts, args, folder, index, tokenizer, models, weights)
-    weights = weights if args.cache_encodings and args.validation_prompts else {}  # for the pictures
+    weights = weights if args.cache_encodings and args.validation_prompts else {}  # for validation pictures
 
-    # What runs on the devices, each compiled once.
+    # Functions that run on the devices, each compiled once.
     def losses(params, frozen, batch, key, args):
         key = jax.random.wrap_key_data(key, impl="threefry2x32")
         noise = draw_noise(batch["positions"], key, latents_shape, len(alphas_cumprod))
@@ -625,7 +625,7 @@ def main(args):
     sampler = make_sampler(models, scheduler_config, prediction_type, 20, dtype)
 
     def validate(step):
-        encoders = frozen or on_devices(weights, mesh, dtype)  # only while it samples
+        encoders = frozen or on_devices(weights, mesh, dtype)  # of a cached run: there only while it samples
         bound = functools.partial(sampler, train_state.get("ema", train_state["params"]), encoders)
         images = sample_prompts(bound, args.validation_prompts, tokenizer, latents_shape, args.seed, mesh)
         if jax.process_index() == 0:
@@ -697,9 +697,9 @@ layer_norm = functools.partial(nnx.LayerNorm, use_fast_variance=False)
 
 
 def attention_kernel(device, dtype, head_size, lengths):
-    """The `implementation` of attention: None for XLA, which stores all attention weights, or "cudnn". That takes half
-    precision and head sizes that are multiples of 8, on every Nvidia GPU since Ampere up to 128. For gradients, JAX
-    wants even `lengths` of query and key: attention to a caption's 77 states is left to XLA."""
+    """The `implementation` of attention: "cudnn", or None for XLA, which stores all attention weights. cuDNN needs half
+    precision, an Nvidia GPU since Ampere, and head sizes that are multiples of 8, at most 128. For gradients, JAX needs
+    even `lengths` of query and key: attention to a caption's 77 states is left to XLA."""
     capability = getattr(device, "compute_capability", "")  # of AMD's GPUs it is a name, such as gfx942
     recent = device.platform == "gpu" and re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8
     fits = dtype in (jnp.float16, jnp.bfloat16) and head_size in range(8, 129, 8) and not any(n % 2 for n in lengths)
@@ -753,7 +753,7 @@ class CLIPTextModel(nnx.Module):
         )
 
     def __call__(self, input_ids):
-        # Not by calling them: nnx.Embed computes in the type that it was made with, whatever its weights are.
+        # Indexed, not called: nnx.Embed would cast to the dtype that it was created with.
         tables = self.text_model.embeddings
         positions = tables.position_embedding.embedding[: input_ids.shape[-1]]
         x = tables.token_embedding.embedding[...][input_ids] + positions
@@ -782,12 +782,12 @@ class ResnetBlock2D(nnx.Module):
 
 
 def resamplers(channels, exist, rngs, **options):
-    """A list of the convolution that halves or doubles the sides of a level, or an empty one."""
+    """[the convolution of a down- or upsampler], or [] if the level has none."""
     return nnx.List([nnx.Dict(conv=convolution(channels, channels, 3, rngs, **options))] if exist else [])
 
 
 def upsample(x, like=None):
-    """Double the sides by repeating pixels, cut to those of `like`, which are odd where an odd side was halved."""
+    """Nearest-neighbour upsampling by 2, cropped to the sides of `like`, which may be odd."""
     x = x.repeat(2, axis=1).repeat(2, axis=2)
     return x if like is None else x[:, : like.shape[1], : like.shape[2]]
 
@@ -880,7 +880,7 @@ class AutoencoderKL(nnx.Module):
 
 
 class TimestepEmbedding(nnx.Module):
-    """Sines and cosines of the timestep (arXiv:2006.11239), through two layers."""
+    """The sinusoidal embedding of the timestep (arXiv:2006.11239), then a two-layer MLP."""
 
     def __init__(self, config, rngs):
         self.channels = config.block_out_channels[0]
@@ -898,7 +898,7 @@ class TimestepEmbedding(nnx.Module):
 
 
 class BasicTransformerBlock(nnx.Module):
-    """Self-attention, attention to the text, and two linear layers with exact GELU gates (arXiv:2002.05202)."""
+    """Self-attention, cross-attention to the text and a GEGLU feed-forward network (arXiv:2002.05202; exact GELU)."""
 
     def __init__(self, channels, heads, config, rngs):
         self.norm1 = layer_norm(channels, epsilon=1e-5, rngs=rngs)
@@ -947,7 +947,7 @@ class UNetBlock(nnx.Module):
         self.upsamplers = resamplers(channels, doubles, rngs)
 
     def __call__(self, x, time_embedding, context, skips=None, like=None):
-        """The outputs of all layers. skips: further inputs on the way up; like: has the sides to upsample to."""
+        """The outputs of all layers. skips: skip connections, for an up block; like: has the sides to upsample to."""
         outputs = []
         for k, resnet in enumerate(self.resnets):
             x = resnet(x if skips is None else jnp.concatenate([x, skips[k]], axis=-1), time_embedding)
@@ -964,7 +964,7 @@ class UNet2DConditionModel(nnx.Module):
         channels = config.block_out_channels
         layers = config.layers_per_block
         last = len(channels) - 1
-        heads = config.attention_head_dim  # the published name; what it counts is heads
+        heads = config.attention_head_dim  # misnamed in the published configurations: the number of heads
         heads = [heads] * len(channels) if isinstance(heads, int) else heads
         self.conv_in = convolution(config.in_channels, channels[0], 3, rngs)
         self.time_embedding = TimestepEmbedding(config, rngs)
@@ -1041,8 +1041,8 @@ def sample(params, frozen, input_ids, latents, models, steps, prediction_type, d
         timestep, alpha, alpha_after = values
         inputs = jnp.concatenate([latents, latents]).astype(dtype)
         predictions = unet(inputs, jnp.repeat(timestep, len(inputs)), encoder_hidden_states).astype(jnp.float32)
-        without, given = jnp.split(predictions, 2)
-        prediction = without + guidance_scale * (given - without)
+        unconditional, conditional = jnp.split(predictions, 2)
+        prediction = unconditional + guidance_scale * (conditional - unconditional)
         clean = predicted_clean(prediction_type, prediction, latents, alpha)
         return add_noise(clean, predicted_noise(prediction_type, prediction, latents, alpha), alpha_after), None
 
@@ -1114,8 +1114,8 @@ class Model(NamedTuple):
 
 
 def make_model(module_class, config):
-    """The `Model` of `module_class` for `config` (SimpleNamespace); makes no weights."""
-    rngs = SimpleNamespace(params=lambda: jax.random.key(0))  # nnx.Rngs counts its keys: seconds for SD's UNet
+    """The `Model` of `module_class` for `config` (SimpleNamespace); allocates no weights."""
+    rngs = SimpleNamespace(params=lambda: jax.random.key(0))  # nnx.Rngs would take seconds for SD's UNet
     graphdef, state = nnx.split(nnx.eval_shape(lambda: module_class(config, rngs)))
     flat = list(nnx.to_flat_state(state))  # paths end with Flax's names: kernel, scale, embedding or bias
     names = [".".join([*map(str, path[:-1]), "bias" if path[-1] == "bias" else "weight"]) for path, _ in flat]
@@ -1125,8 +1125,8 @@ def make_model(module_class, config):
 
 
 def gather_weights(weights, dtype):
-    """The weights as `dtype` and whole on every device, however they are stored: all that is split is the batch, which
-    cuDNN's attention needs. To be called while JAX traces."""
+    """Cast the weights to `dtype` and replicate them on all devices, however they are stored: only the batch is
+    sharded, as cuDNN's attention needs. For use inside jit."""
     whole = NamedSharding(device_mesh(jax.devices()), PartitionSpec())
     return {name: jax.lax.with_sharding_constraint(value.astype(dtype), whole) for name, value in weights.items()}
 
@@ -1153,7 +1153,7 @@ def to_checkpoint_layout(path, array):
 
 
 PARTS = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
-# Names of weight files: of safetensors without suffix, and of Flax's.
+# Names of weight files: the stem of .safetensors, and Flax's.
 FILE_NAMES = dict.fromkeys(("unet", "vae"), ("diffusion_pytorch_model", "diffusion_flax_model.msgpack"))
 FILE_NAMES["text_encoder"] = ("model", "flax_model.msgpack")
 # Names of layers in older checkpoints of the VAE, and in Flax's.
@@ -1378,7 +1378,7 @@ warnings.filterwarnings("ignore", module="PIL|accelerate|datasets|diffusers|hugg
 fsspec.get_filesystem_class("zip").cachable = True  # else the directory of an archive is read again for each image
 FOR_TESTS = r"[/\\](test|testing|val|validation|dev|eval)(\.zip)?([/\\]|$)"  # folders and archives, of any case
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
-CHUNK_ROWS = 1000  # mean number of rows in a file of encodings: what a crash costs each process
+CHUNK_ROWS = 1000  # mean number of rows in a file of encodings; a crash costs each process one such file
 INITIAL_LOSS_SCALE = {"scale": np.float32(2.0**16), "finite_steps": np.int32(0)}  # as PyTorch's GradScaler
 
 
@@ -1418,8 +1418,8 @@ def load_data(args, flags, batch_size):
     held_out, to_train = np.split(random_generator(args.seed, 5).permutation(len(parts[0])), [args.validation_rows])
     if args.validation_rows and len(to_train) < batch_size:
         raise RunError(f"--validation_rows {args.validation_rows}: of {len(parts[0])}, leaves no batch of {batch_size}")
-    both = set.intersection(*(set(part.data.column(args.image_column).flatten()[1].to_pylist()) for part in parts))
-    if args.validation_data_dir and any(os.path.isabs((path or "").rpartition("::")[2]) for path in both):
+    paths = (set(part.flatten()[f"{args.image_column}.path"][:]) for part in parts)
+    if args.validation_data_dir and any(os.path.isabs((p or "").rpartition("::")[2]) for p in set.intersection(*paths)):
         raise RunError(f"--validation_data_dir {args.validation_data_dir}: holds images to train on")
     return parts, np.sort(to_train), range(len(parts[1])) if args.validation_data_dir else held_out
 
@@ -1605,7 +1605,7 @@ def cached_encodings(args, dataset, settings, weights, encode):
             sys.exit(128 + noted[0][0])
         rows = dataset[batch["row"]]
         rows[args.image_column] = threads.starmap(read_image, zip(rows[args.image_column], batch["row"], strict=True))
-        encodings = encode(rows)
+        encodings = encode(rows, threads)
         bar.update(len(encodings))
         return {"encodings": encodings}
 
@@ -1659,8 +1659,9 @@ def row_digests(args, dataset):
         name, _, path = image["path"].rpartition("::")  # in an archive
         with open(path, "rb") as file:
             stat = os.fstat(file.fileno())
-            ends = [file.read(4096), file.seek(max(0, stat.st_size - 4096)), file.read(4096)]
-        facts = [name or os.path.basename(path), stat.st_size, stat.st_mtime_ns, captions, ends]
+            places = (0, stat.st_size // 2, max(0, stat.st_size - 4096))
+            samples = [(file.seek(place), file.read(4096)) for place in places]
+        facts = [name or os.path.basename(path), stat.st_size, stat.st_mtime_ns, captions, samples]
         return hashlib.sha256(repr(facts).encode()).digest()
 
     with ThreadPool(16) as threads:  # to hide the latency of a network disk
@@ -1708,7 +1709,7 @@ def find_start(args):
     if wanted and not checkpoint and (earlier_run or wanted != "latest"):
         raise RunError(f"--resume_from_checkpoint {wanted}: there is no complete checkpoint in {output_dir}")
     if checkpoint and "architecture" not in state:
-        raise RunError(f"--resume_from_checkpoint {checkpoint}: is of a PyTorch script")
+        raise RunError(f"--resume_from_checkpoint {checkpoint}: was written by a PyTorch script")
     if len(set(gather_values(state["step"]))) > 1:
         raise RunError(f"--output_dir {output_dir}: must be on a disk that all processes share")
     if checkpoint:
@@ -1727,7 +1728,7 @@ def check_flags(args, checkpoint, before, now):
 
 
 def read_checkpoint(checkpoint):
-    """The state in a checkpoint (dict, see `save_checkpoint`), or None and a warning if it is not complete."""
+    """The state in a checkpoint (dict), or None and a warning if it is not complete."""
     try:
         state = json.loads((checkpoint / "training_state.json").read_text(encoding="utf-8"))
         for name, size in state["files"].items():
@@ -1819,7 +1820,7 @@ def check_output_dir(args, *models):
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     data = [Path(path) for path in (args.train_data_dir, args.validation_data_dir, args.dataset_name) if path]
     problems = {
-        "is not given": not args.output_dir,
+        "is empty": not args.output_dir,
         "is the model to start from": folder in [Path(model).resolve() for model in models],
         "holds the training images": any(path.exists() and path.resolve().is_relative_to(folder) for path in data),
         "has a README.md of something else": (folder / "README.md").exists() > (folder / "model_index.json").exists(),
@@ -1968,7 +1969,7 @@ def device_mesh(devices):
 
 
 def place(array, mesh, spec=None):
-    """Put an array that every process holds on the devices of the mesh, by default whole on each."""
+    """Put an array that every process holds on the devices of the mesh, by default replicated."""
     sharding = NamedSharding(mesh, spec or PartitionSpec())
     return jax.make_array_from_process_local_data(sharding, np.asarray(array), np.shape(array))
 
@@ -1979,7 +1980,7 @@ def on_devices(weights, mesh, dtype):
 
 
 def sharding_of(weight, mesh, shard):
-    """The `NamedSharding` of a weight: whole on every device or, if `shard`, along its longest side that divides."""
+    """The `NamedSharding` of a weight: replicated or, if `shard`, sharded along its longest axis that divides."""
     sides = [(size, -axis) for axis, size in enumerate(weight.shape) if shard and size % mesh.devices.size == 0]
     return NamedSharding(mesh, PartitionSpec(*[None] * -max(sides)[1], "data") if sides else PartitionSpec())
 
@@ -2088,7 +2089,7 @@ class HeldOut:
         self.args = argparse.Namespace(**vars(args) | dict.fromkeys([*off, "snr_gamma"], 0) | {"center_crop": True})
         self.losses = jax.jit(functools.partial(losses, key=np.zeros(2, np.uint32), args=self.args))
         self.length = num_train_timesteps  # of the noise schedule
-        self.history = start.get("validation", [])  # and [its best entry], [] unless that checkpoint is here:
+        self.history = start.get("validation", [])  # best: [its lowest entry], [] if that checkpoint is not here
         self.best = [e for e in start.get("best", []) if Path(args.output_dir, f"checkpoint-{e['step']}").exists()]
         preprocess = functools.partial(preprocess.func, self.args, *preprocess.args[1:])
         self.stream = ExampleStream(rows, preprocess, seed=2**64)
@@ -2272,7 +2273,7 @@ def out_of_memory(args):
 if __name__ == "__main__":
     try:
         main(command_line)
-    except (RunError, OSError, MemoryError, jax.errors.JaxRuntimeError) as error:  # of JAX: memory, a lost process
+    except (RunError, MemoryError, jax.errors.JaxRuntimeError) as error:  # of JAX: no memory, another process is gone
         of_disk = "cannot be written" in str(error)  # that has the same code
         lacking = isinstance(error, MemoryError) or ("RESOURCE_EXHAUSTED" in str(error) and not of_disk)
         line = out_of_memory(command_line) if lacking else str(error).strip().splitlines()[0]

@@ -103,6 +103,8 @@ def group_of(pid):
             "UNet2DConditionModel:forward:3:OSError(28, 'No space left', 'a file')",
             "error: [Errno 28] No space left: 'a f",
         ),
+        # As torch raises a worker's again, and without a number of the operating system.
+        ("UNet2DConditionModel:forward:3:OSError('Caught in a worker')", "OSError: Caught in a worker"),
         ("StableDiffusionPipeline:__call__:1:ValueError('from a library')", "ValueError: from a library"),
     ],
 )

@@ -100,6 +100,19 @@ def test_a_folder_that_has_only_a_variant_is_named(script, flags, tmp_path):
     assert "fp16" in line
 
 
+@pytest.mark.parametrize("script", [SD])
+def test_a_sharded_variant_is_trained(script, flags, tmp_path):
+    folder, flags = changed_base(flags, script, tmp_path / "model")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    shutil.rmtree(folder / "unet")
+    unet.save_pretrained(folder / "unet", variant="fp16", max_shard_size=unet.get_memory_footprint() // 2)
+    assert len(list((folder / "unet").glob("*.fp16-00*.safetensors"))) > 1
+    assert refusal(flags, script).endswith("unet/ has only variant fp16; change --variant or leave it out")
+    for path in (*folder.glob("vae/*.safetensors"), *folder.glob("text_encoder/*.safetensors")):
+        path.rename(path.with_suffix(".fp16.safetensors"))
+    run({**flags, "variant": "fp16", "max_train_steps": 1}, script)
+
+
 @pytest.mark.parametrize("script", [SD, FLAX])
 def test_parts_that_are_named_and_not_there_are_left_out(script, flags, tmp_path):
     """Those that training does not need; the result loads without them."""
@@ -145,7 +158,7 @@ def test_a_checkpoint_of_the_pytorch_script_is_refused_as_such_in_jax(trained):
     flags = {**trained(SD), "resume_from_checkpoint": "latest"}
     line = refusal(flags, FLAX)
     checkpoint = flags["output_dir"] / "checkpoint-1"
-    assert line == f"--resume_from_checkpoint {checkpoint}: is of a PyTorch script"
+    assert line == f"--resume_from_checkpoint {checkpoint}: was written by a PyTorch script"
 
 
 @pytest.mark.parametrize("script", [SD, PRIOR])
