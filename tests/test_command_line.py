@@ -332,7 +332,7 @@ def test_output_dir_among_the_images(flags):
 def test_an_output_dir_that_is_empty_text(script, flags):
     """As of a variable of the shell that is not set."""
     module = importlib.import_module(script)
-    with pytest.raises(module.RunError, match="--output_dir : is not given"):
+    with pytest.raises(module.RunError, match="--output_dir : is empty"):
         run({**flags, "output_dir": ""}, script)
 
 
