@@ -577,7 +577,6 @@ def main(args):
 
     # Data, and the length of the run.
     batch_size = args.train_batch_size * jax.device_count() * args.gradient_accumulation_steps
-    # Rows to train on are of the first data set, held-out rows of the last: there are two with --validation_data_dir.
     data, to_train, to_hold_out = load_data(args, ["image_column", "caption_column"], batch_size)
     examples_left = max(0, args.num_train_epochs * len(to_train) - examples_seen)
     last_step = max(first_step, args.max_train_steps or first_step + math.ceil(examples_left / batch_size))
