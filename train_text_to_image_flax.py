@@ -2272,12 +2272,15 @@ def out_of_memory(args):
 if __name__ == "__main__":
     try:
         main(command_line)
-    except (RunError, MemoryError, jax.errors.JaxRuntimeError) as error:  # of JAX: no memory, another process is gone
+    except Exception as error:
         of_disk = "cannot be written" in str(error)  # that has the same code
         lacking = isinstance(error, MemoryError) or ("RESOURCE_EXHAUSTED" in str(error) and not of_disk)
-        line = out_of_memory(command_line) if lacking else str(error).strip().splitlines()[0]
-        tqdm.write(f"error: {printable(line)}", file=sys.stderr)
+        foreseen = isinstance(error, (RunError, jax.errors.JaxRuntimeError))  # of JAX: another process is gone
+        if lacking or foreseen or getattr(error, "errno", None):  # of the operating system
+            line = out_of_memory(command_line) if lacking else str(error).strip().splitlines()[0]
+            tqdm.write(f"error: {printable(line)}", file=sys.stderr)
+        else:
+            traceback.print_exc()
         end_process(1)
-    except Exception:  # unforeseen
-        traceback.print_exc()
-        end_process(1)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in a notebook the process goes on

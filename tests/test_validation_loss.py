@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from conftest import reset_accelerate, run
+from conftest import launch, reset_accelerate, run
 from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from faults import state_of_run
 from PIL import Image
@@ -215,6 +215,17 @@ def test_the_offloaded_average_has_the_same_norms(common, tmp_path):
     run({**flags, "output_dir": tmp_path / "offloaded", "offload_ema": True})
     reset_accelerate()
     assert history(tmp_path / "device", 2) == history(tmp_path / "offloaded", 2)
+
+
+@pytest.mark.parametrize("script", ["train_text_to_image", "train_text_to_image_flax"])
+def test_a_plot_that_cannot_be_written_is_one_line(script, common, tmp_path):
+    """As any error of the operating system."""
+    plot = tmp_path / "output" / "validation" / "loss.png"
+    plot.mkdir(parents=True)
+    result = launch({**common, "output_dir": tmp_path / "output"}, script=script)
+    assert result.returncode == 1
+    assert f"error: [Errno 21] Is a directory: '{plot}'" in result.stderr.splitlines()
+    assert "Traceback" not in result.stderr
 
 
 # Refusals -------------------------------------------------------------------------------------------------------------
